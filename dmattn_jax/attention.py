@@ -1,0 +1,168 @@
+"""Attention by intervals: gate → lifetimes → epochs → kernel → output, and its two relatives without a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from dmattn_jax.dispatch import choose_implementation
+from dmattn_jax.documents import document_bounds
+from dmattn_jax.layout import lay_out
+from dmattn_jax.selection import expiry_of, sliding_window_expiry
+from dmattn_jax.validation import check_attention, check_segment_ids, check_window
+from pallas_kernels import Intervals, interval_attention
+
+
+def dynamic_mask_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    gate: Float[Array, "B S K"],
+    *,
+    window: int | Sequence[int],
+    causal: bool = True,
+    segment_ids: Int[Array, "B S"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H D"]:
+    """Attention over the `window` keys of largest gate, chosen anew for every query (arXiv 2508.02124v6, §3).
+
+        out_i = Σ_j softmax_j(scale · q_i·k_j + gate_j) v_j      over the keys visible to query i
+
+    Key j is visible to query i iff j <= i, both are tokens of one document, and gate j is among the `window`
+    largest of that document up to i; the later key wins among equals. The choice carries no gradient; the gate
+    learns through the bias on the keys it chose. Time is O(T·window), memory O(T + S).
+
+    query: [B, T, H, D]; queries are the last T of the S key positions, so T < S continues a sequence.
+    key, value: [B, S, K, D] of query's dtype (bfloat16, float16, float32, float64); H must be a multiple of K,
+      query head h reads kv head h // (H/K). Products accumulate in float32 (float64 for float64).
+    gate: [B, S, K] float32, already δ. −inf is never visible; +inf and NaN rank above all numbers and make NaN of
+      the queries that see them, and of no others.
+    window: an int >= 1, or one per kv head. At S or above, this is dense attention with a bias.
+    causal: False makes one choice a document, of its `window` largest gates, visible to all of its queries.
+    segment_ids: [B, S] int; numbers the documents of packed rows, 0 is padding: never visible, output 0.
+    scale: factor on q·k; 1/√D by default.
+    implementation: None takes the best that runs here (`explain()` says which), else its name.
+
+    Returns [B, T, H, D] in query's dtype; 0, with no gradient, for a query that sees no key.
+    Raises: ValueError or TypeError that names the argument, before anything is traced.
+    """
+    check_attention(query, key, value, gate)
+    batch, length, kv_heads = gate.shape
+    windows = check_window(window, kv_heads)
+    check_segment_ids(segment_ids, batch, length)
+    documents = document_bounds(segment_ids, batch, length)
+    choice = jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1)
+    expiry = expiry_of(choice, windows, documents, causal=causal)
+    token = None if segment_ids is None else documents.token
+    if causal:
+        return _attend(query, key, value, gate, expiry, max(windows), token, scale, implementation)
+    position = jnp.arange(length, dtype=jnp.int32)
+    start = jnp.broadcast_to(documents.start[:, None], expiry.shape)
+    end = jnp.where(expiry > position, expiry, start)
+    if max(windows) < length and segment_ids is None:
+        # One choice for all queries: only the chosen keys, in their own order, reach the kernel. There the queries
+        # are the last of fewer positions, and each key is visible to all of them.
+        chosen = jnp.argsort(start == end, axis=-1, stable=True)[..., : max(windows)]
+        key, value, gate = (_rows(array, chosen) for array in (key, value, gate))
+        seen = jnp.take_along_axis(start < end, chosen, axis=-1)
+        first = key.shape[1] - query.shape[1]
+        start, end = jnp.full_like(chosen, first), jnp.where(seen, key.shape[1], first)
+    backend = choose_implementation(implementation)
+    return _run(query, key, value, gate, Intervals(start, end), token, scale, backend)
+
+
+def sliding_window_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    *,
+    window: int | Sequence[int],
+    segment_ids: Int[Array, "B S"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H D"]:
+    """Causal attention over the last `window` positions of the document, the query's own included.
+
+    What `dynamic_mask_attention` gives while its gates are all equal, up to a constant bias. Arguments, errors
+    and layout as there.
+    """
+    check_attention(query, key, value, None)
+    batch, length, kv_heads = key.shape[:3]
+    windows = check_window(window, kv_heads)
+    check_segment_ids(segment_ids, batch, length)
+    documents = document_bounds(segment_ids, batch, length)
+    expiry = sliding_window_expiry(windows, documents)
+    gate = jnp.zeros((batch, length, kv_heads), jnp.promote_types(query.dtype, jnp.float32))
+    token = None if segment_ids is None else documents.token
+    return _attend(query, key, value, gate, expiry, max(windows), token, scale, implementation)
+
+
+def causal_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    *,
+    segment_ids: Int[Array, "B S"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H D"]:
+    """Dense causal attention within documents. Arguments, errors and layout as in `dynamic_mask_attention`.
+
+    Without documents and on a GPU whose cuDNN can, this is `jax.nn.dot_product_attention`; elsewhere the interval
+    kernel with the identity layout, so that no path holds T×S logits.
+    """
+    check_attention(query, key, value, None)
+    if implementation is None and segment_ids is None and _cudnn_runs(query, key):
+        return jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=True, implementation="cudnn")
+    return sliding_window_attention(
+        query,
+        key,
+        value,
+        window=key.shape[1],
+        segment_ids=segment_ids,
+        scale=scale,
+        implementation=implementation,
+    )
+
+
+def _attend(query, key, value, gate, expiry, window, token, scale, implementation):
+    """Causal attention for known lifetimes [j, expiry[j])."""
+    queries, length, head_dim = query.shape[1], key.shape[1], query.shape[3]
+    backend = choose_implementation(implementation)
+    start = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), expiry.shape)
+    blocks = backend.block_sizes(queries, length, window, head_dim)
+    intervals = lay_out(start, expiry, queries=queries, window=window, blocks=blocks)
+    return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
+
+
+def _run(query, key, value, gate, intervals, token: Bool[Array, "B S"] | None, scale, backend, blocks=None):
+    """Call the kernel; padding queries give 0 and get no gradient, whatever they hold."""
+    queries, head_dim = query.shape[1], query.shape[3]
+    if blocks is None:
+        blocks = backend.block_sizes(queries, key.shape[1], key.shape[1], head_dim)
+    looks = None
+    if token is not None:
+        looks = token[:, token.shape[1] - queries :, None, None]
+        query = jnp.where(looks, query, 0)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    out = interval_attention(query, key, value, gate, intervals, backend, scale, blocks)
+    return out if looks is None else jnp.where(looks, out, 0)
+
+
+def _rows(array: Array, index: Int32[Array, "B K c"]) -> Array:
+    """array [B, S, K, …] -> its rows index, [B, c, K, …]; differentiable."""
+    index = jnp.moveaxis(index, 1, 2)
+    return jnp.take_along_axis(array, index.reshape(*index.shape, *[1] * (array.ndim - 3)), axis=1)
+
+
+def _cudnn_runs(query: jax.Array, key: jax.Array) -> bool:
+    """Whether cuDNN's flash attention takes these shapes: half precision, T = S, head size <= 128 in eights."""
+    if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    device = jax.devices()[0]
+    capable = "cuda" in device.client.platform_version.lower() and float(device.compute_capability) >= 8.0
+    return capable and query.shape[1] == key.shape[1] and query.shape[3] <= 128 and query.shape[3] % 8 == 0

@@ -1,0 +1,40 @@
+"""Which implementation runs here, and why."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import IMPLEMENTATIONS, Implementation
+
+
+def choose_implementation(name: str | None) -> Implementation:
+    """The named implementation, or the first of the registry that runs on this machine.
+
+    Raises: ValueError for a name that is unknown, or known and not able to run here (with the reason).
+    """
+    if name is None:
+        return next(entry for entry in IMPLEMENTATIONS.values() if entry.unavailable() is None)
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(repr(known) for known in IMPLEMENTATIONS)
+        raise ValueError(f"implementation must be None or one of {known}, got {name!r}")
+    reason = IMPLEMENTATIONS[name].unavailable()
+    if reason is not None:
+        raise ValueError(f"implementation {name!r} cannot run here: {reason}")
+    return IMPLEMENTATIONS[name]
+
+
+def explain() -> str:
+    """Which implementation `implementation=None` takes on this machine, and why not the others."""
+    devices = jax.devices()
+    chosen = choose_implementation(None)
+    lines = [
+        f"devices: {len(devices)} × {devices[0].device_kind} ({jax.default_backend()}), JAX {jax.__version__}",
+        f"dynamic-mask attention runs on: {chosen.name}",
+    ]
+    for entry in IMPLEMENTATIONS.values():
+        reason = entry.unavailable()
+        if reason is not None:
+            lines.append(f"not {entry.name}: {reason}")
+    if chosen.name == "xla" and jax.default_backend() != "cpu":
+        lines.append("xla is the portable path: right everywhere, not tuned for this device")
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""Where the documents of a packed row begin and end.
+
+`segment_ids` number the documents of a row; 0 is padding. A document is one stretch of one id: padding inside
+a stretch belongs to it (unseen and unseeing), and an id that returns after another one starts a new document.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Int32
+
+
+class Documents(NamedTuple):
+    """Per position: its document's first position, the position after its document's last token, and whether it
+    is a token at all (not padding). Positions of padding before the first document have an empty document."""
+
+    start: Int32[Array, "B S"]
+    end: Int32[Array, "B S"]
+    token: Bool[Array, "B S"]
+
+
+def document_bounds(segment_ids: Int[Array, "B S"] | None, batch: int, length: int) -> Documents:
+    """Bounds of every position's document; one document of `length` tokens a row without `segment_ids`."""
+    position = jnp.arange(length, dtype=jnp.int32)
+    if segment_ids is None:
+        whole = jnp.zeros((batch, length), jnp.int32)
+        return Documents(whole, whole + length, jnp.ones((batch, length), bool))
+    token = segment_ids != 0
+    last = jax.lax.cummax(jnp.where(token, position, -1), axis=1)
+    # The id of the last token so far; 0 before the first.
+    current = jnp.where(last < 0, 0, jnp.take_along_axis(segment_ids, jnp.maximum(last, 0), axis=1))
+    changes = jnp.concatenate([jnp.ones((batch, 1), bool), current[:, 1:] != current[:, :-1]], axis=1)
+    start = jax.lax.cummax(jnp.where(changes, position, 0), axis=1)
+    next_start = jnp.concatenate(
+        [jnp.where(changes, position, length)[:, 1:], jnp.full((batch, 1), length, jnp.int32)], axis=1
+    )
+    stretch_end = jax.lax.cummin(next_start, axis=1, reverse=True)
+    end = jnp.take_along_axis(last, stretch_end - 1, axis=1) + 1
+    return Documents(start, end, token)
+
+
+def document_positions(segment_ids: Int[Array, "B S"] | None, batch: int, length: int) -> Int32[Array, "B S"]:
+    """Position of every token within its own document, from 0: what RoPE should rotate by."""
+    return jnp.arange(length, dtype=jnp.int32) - document_bounds(segment_ids, batch, length).start

@@ -1,0 +1,19 @@
+"""Interval-attention kernels and their contract. Imports jax only.
+
+`IMPLEMENTATIONS` lists what there is, the most preferred first; a new backend adds itself there.
+"""
+
+from pallas_kernels.contract import BlockSizes, EpochLists, Implementation, Intervals
+from pallas_kernels.vjp import interval_attention
+from pallas_kernels.xla import XLA
+
+IMPLEMENTATIONS: dict[str, Implementation] = {entry.name: entry for entry in (XLA,)}
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BlockSizes",
+    "EpochLists",
+    "Implementation",
+    "Intervals",
+    "interval_attention",
+]

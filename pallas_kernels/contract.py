@@ -1,0 +1,146 @@
+"""What every interval-attention kernel computes, in which shapes, and with which promises.
+
+Interval attention is softmax attention whose mask is one interval of query positions per key:
+
+    logit[b, h, t, s] = scale · query[b, t, h]·key[b, s, k] + bias[b, s, k]   if start[b, k, s] <= p < end[b, k, s]
+                        −∞                                                    otherwise
+    out[b, t, h]      = Σ_s softmax_s(logit) · value[b, s, k]
+    lse[b, t, h]      = log Σ_s exp(logit)
+
+with k = h // (H/K) the kv head of query head h, and p = S − T + t the position of query t: queries are the
+last T of S positions. Sliding windows, dense causal attention, packed documents and dynamic masks are all
+choices of `start` and `end`.
+
+Promises, for every implementation, forward and backward:
+
+- No array of T×S elements, in any pass. Temporary memory is linear in T + S.
+- A query that no key is visible to gives out 0, lse −∞, and no gradient.
+- Products accumulate in float32 (float64 for float64 inputs); the bias is added in that type.
+- Results do not depend on what masked places hold, NaN included. A key row with a non-finite key or value,
+  or a NaN bias, makes NaN of the queries that see it and of nothing else.
+- The same inputs give bitwise the same outputs.
+
+Axis letters: B batch, T query time, S key time, H query heads, K kv heads, G = H/K, D head dim, E epochs,
+C epoch capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+
+@dataclass(frozen=True)
+class EpochLists:
+    """The keys alive in each epoch of `epoch_size` consecutive queries, as lists of rows of the key array.
+
+    Slots [0, carried) of a list hold keys from before the epoch, those that outlive it first, in order of
+    falling expiry; slots [carried, C) hold the keys that enter in the epoch and are ever visible, by position.
+    Every key stands at most once in a list, so sums over slots never collide.
+
+    index[b, k, e, c]: row of the key in slot c; >= S where the slot is empty.
+    next_slot[b, k, e, c]: slot of the same key in epoch e + 1; C where it does not live on.
+    entry_slot[b, k, s]: slot of key s in the first epoch whose list holds it; C where none does. That epoch is
+      the one of the key's own position, or epoch 0 for keys before the first query.
+    """
+
+    index: Int32[Array, "B K E C"]
+    next_slot: Int32[Array, "B K E C"]
+    entry_slot: Int32[Array, "B K S"]
+    epoch_size: int
+    carried: int
+
+
+jax.tree_util.register_dataclass(
+    EpochLists, data_fields=["index", "next_slot", "entry_slot"], meta_fields=["epoch_size", "carried"]
+)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Query positions each key is visible to: [start, end), empty where end <= start.
+
+    lists: the same fact by epochs of queries, or None for the identity layout, in which every block of queries
+    looks through all keys in their own order and skips the blocks that it cannot see.
+    """
+
+    start: Int32[Array, "B K S"]
+    end: Int32[Array, "B K S"]
+    lists: EpochLists | None = None
+
+
+jax.tree_util.register_dataclass(Intervals, data_fields=["start", "end", "lists"], meta_fields=[])
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How a kernel cuts its work; each implementation derives its own from the shape (`block_sizes`).
+
+    epoch: queries that share one list of keys. block_q, block_k: queries and keys of one matrix product.
+    """
+
+    epoch: int
+    block_q: int
+    block_k: int
+
+    def __post_init__(self) -> None:
+        for name in ("epoch", "block_q", "block_k"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {size!r}")
+        if self.epoch % self.block_q:
+            raise ValueError(f"epoch must be a multiple of block_q, got {self.epoch} and {self.block_q}")
+
+
+class Forward(Protocol):
+    """(query [B,T,H,D], key, value [B,S,K,D], bias [B,S,K], intervals) -> out [B,T,H,D], lse [B,T,H]."""
+
+    def __call__(
+        self,
+        query: Float[Array, "B T H D"],
+        key: Float[Array, "B S K D"],
+        value: Float[Array, "B S K D"],
+        bias: Float[Array, "B S K"],
+        intervals: Intervals,
+        *,
+        scale: float,
+        blocks: BlockSizes,
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]: ...
+
+
+class Backward(Protocol):
+    """The forward's inputs and outputs and the cotangent of `out` -> gradients of query, key, value, bias."""
+
+    def __call__(
+        self,
+        query: Float[Array, "B T H D"],
+        key: Float[Array, "B S K D"],
+        value: Float[Array, "B S K D"],
+        bias: Float[Array, "B S K"],
+        intervals: Intervals,
+        out: Float[Array, "B T H D"],
+        lse: Float[Array, "B T H"],
+        dout: Float[Array, "B T H D"],
+        *,
+        scale: float,
+        blocks: BlockSizes,
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"], Float[Array, "B S K"]]: ...
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A forward and a backward for one kind of device.
+
+    block_sizes(queries, keys, window, head_dim): sizes for a shape; `window` is the largest of the heads'.
+    unavailable(): None where it runs on this machine, else the reason in words, as `explain` prints it.
+    """
+
+    name: str
+    forward: Forward
+    backward: Backward
+    block_sizes: Callable[[int, int, int, int], BlockSizes]
+    unavailable: Callable[[], str | None]

@@ -1,0 +1,37 @@
+"""The one custom VJP: it joins any forward of the contract to any backward."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.contract import BlockSizes, Implementation, Intervals
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def interval_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    bias: Float[Array, "B S K"],
+    intervals: Intervals,
+    implementation: Implementation,
+    scale: float,
+    blocks: BlockSizes,
+) -> Float[Array, "B T H D"]:
+    """Attention of `contract.py` by `implementation`, differentiable in query, key, value and bias."""
+    return implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)[0]
+
+
+def _forward(query, key, value, bias, intervals, implementation, scale, blocks):
+    out, lse = implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)
+    return out, (query, key, value, bias, intervals, out, lse)
+
+
+def _backward(implementation, scale, blocks, residuals, dout):
+    return (*implementation.backward(*residuals, dout, scale=scale, blocks=blocks), None)
+
+
+interval_attention.defvjp(_forward, _backward)

@@ -1,0 +1,10 @@
+"""Portable implementation: plain XLA, any device, any float type."""
+
+from pallas_kernels.contract import Implementation
+from pallas_kernels.xla.backward import backward
+from pallas_kernels.xla.config import block_sizes
+from pallas_kernels.xla.forward import forward
+
+XLA = Implementation(name="xla", forward=forward, backward=backward, block_sizes=block_sizes, unavailable=lambda: None)
+
+__all__ = ["XLA"]

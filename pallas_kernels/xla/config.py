@@ -1,0 +1,21 @@
+"""Block sizes of the XLA implementation."""
+
+from __future__ import annotations
+
+from pallas_kernels.contract import BlockSizes
+
+
+def block_sizes(queries: int, keys: int, window: int, head_dim: int) -> BlockSizes:
+    """Epochs as long as the window, within what keeps a logit tile small.
+
+    An epoch's list holds window + epoch keys, so longer epochs do more arithmetic a query, shorter ones
+    gather more rows a query. Tiles are epoch × block_k for every head of the batch at once: that product is
+    what bounds temporary memory, so both are capped whatever the window is.
+    """
+    del head_dim
+    epoch = min(max(64, min(_power_of_two_up_to(window), 256)), queries)
+    return BlockSizes(epoch=epoch, block_q=epoch, block_k=min(512, keys))
+
+
+def _power_of_two_up_to(size: int) -> int:
+    return 1 << (max(size, 1).bit_length() - 1)
