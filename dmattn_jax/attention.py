@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from dmattn_jax.dispatch import choose_implementation
 from dmattn_jax.documents import document_bounds
 from dmattn_jax.layout import lay_out
-from dmattn_jax.selection import expiry_of, sliding_window_expiry
+from dmattn_jax.selection import choose_keys, last_keys
 from dmattn_jax.validation import check_attention, check_segment_ids, check_window
 from pallas_kernels import Intervals, interval_attention
 
@@ -55,22 +55,21 @@ def dynamic_mask_attention(
     windows = check_window(window, kv_heads)
     check_segment_ids(segment_ids, batch, length)
     documents = document_bounds(segment_ids, batch, length)
-    choice = jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1)
-    expiry = expiry_of(choice, windows, documents, causal=causal)
+    choice = choose_keys(jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1), windows, documents, causal=causal)
     token = None if segment_ids is None else documents.token
     if causal:
-        return _attend(query, key, value, gate, expiry, max(windows), token, scale, implementation)
-    position = jnp.arange(length, dtype=jnp.int32)
-    start = jnp.broadcast_to(documents.start[:, None], expiry.shape)
-    end = jnp.where(expiry > position, expiry, start)
+        return _attend(query, key, value, gate, choice, max(windows), token, scale, implementation)
+    chosen = choice.expiry > jnp.arange(length, dtype=jnp.int32)
+    start = jnp.broadcast_to(documents.start[:, None], chosen.shape)
+    end = jnp.where(chosen, choice.expiry, start)
     if max(windows) < length and segment_ids is None:
         # One choice for all queries: only the chosen keys, in their own order, reach the kernel. There the queries
         # are the last of fewer positions, and each key is visible to all of them.
-        chosen = jnp.argsort(start == end, axis=-1, stable=True)[..., : max(windows)]
-        key, value, gate = (_rows(array, chosen) for array in (key, value, gate))
-        seen = jnp.take_along_axis(start < end, chosen, axis=-1)
-        first = key.shape[1] - query.shape[1]
-        start, end = jnp.full_like(chosen, first), jnp.where(seen, key.shape[1], first)
+        index = jnp.argsort(~chosen, axis=-1, stable=True)[..., : max(windows)]
+        key, value, gate = (_rows(array, index) for array in (key, value, gate))
+        first, last = key.shape[1] - query.shape[1], key.shape[1]
+        start = jnp.full_like(index, first)
+        end = jnp.where(jnp.take_along_axis(chosen, index, axis=-1), last, first)
     backend = choose_implementation(implementation)
     return _run(query, key, value, gate, Intervals(start, end), token, scale, backend)
 
@@ -95,10 +94,10 @@ def sliding_window_attention(
     windows = check_window(window, kv_heads)
     check_segment_ids(segment_ids, batch, length)
     documents = document_bounds(segment_ids, batch, length)
-    expiry = sliding_window_expiry(windows, documents)
+    choice = last_keys(windows, documents)
     gate = jnp.zeros((batch, length, kv_heads), jnp.promote_types(query.dtype, jnp.float32))
     token = None if segment_ids is None else documents.token
-    return _attend(query, key, value, gate, expiry, max(windows), token, scale, implementation)
+    return _attend(query, key, value, gate, choice, max(windows), token, scale, implementation)
 
 
 def causal_attention(
@@ -129,13 +128,12 @@ def causal_attention(
     )
 
 
-def _attend(query, key, value, gate, expiry, window, token, scale, implementation):
-    """Causal attention for known lifetimes [j, expiry[j])."""
+def _attend(query, key, value, gate, choice, window, token, scale, implementation):
+    """Causal attention for known lifetimes."""
     queries, length, head_dim = query.shape[1], key.shape[1], query.shape[3]
     backend = choose_implementation(implementation)
-    start = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), expiry.shape)
     blocks = backend.block_sizes(queries, length, window, head_dim)
-    intervals = lay_out(start, expiry, queries=queries, window=window, blocks=blocks)
+    intervals = lay_out(choice, queries=queries, window=window, blocks=blocks)
     return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
 
 

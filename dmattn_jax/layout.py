@@ -11,29 +11,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from dmattn_jax.selection import Choice
 from pallas_kernels import BlockSizes, EpochLists, Intervals
 
 
-def lay_out(
-    start: Int32[Array, "B K S"], end: Int32[Array, "B K S"], *, queries: int, window: int, blocks: BlockSizes
-) -> Intervals:
-    """Intervals with epoch lists where those are shorter than the row of keys, the identity layout elsewhere.
+def lay_out(choice: Choice, *, queries: int, window: int, blocks: BlockSizes) -> Intervals:
+    """Intervals of causal lifetimes, with epoch lists where those are shorter than the row of keys.
 
-    start: each key's own position (lists are for causal attention). window: the largest of the heads'.
+    window: the largest of the heads'. The identity layout serves where lists would hold as much as the row does.
     """
-    length = start.shape[-1]
-    if window + blocks.epoch >= length:
-        return Intervals(start, end, None)
-    return Intervals(start, end, epoch_lists(end, queries=queries, window=window, epoch_size=blocks.epoch))
+    length = choice.expiry.shape[-1]
+    start = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), choice.expiry.shape)
+    lists = None
+    if window + blocks.epoch < length:
+        lists = epoch_lists(choice, queries=queries, window=window, epoch_size=blocks.epoch)
+    return Intervals(start, choice.expiry, lists)
 
 
-def epoch_lists(expiry: Int32[Array, "B K S"], *, queries: int, window: int, epoch_size: int) -> EpochLists:
+def epoch_lists(choice: Choice, *, queries: int, window: int, epoch_size: int) -> EpochLists:
     """The lists of `contract.EpochLists` for lifetimes [j, expiry[j]), at most `window` alive at any position.
 
     Every (key, epoch) pair in which the key is alive is written out once, sorted by epoch and by the order within
     an epoch, and read into slots. Keys carried in stand in order of falling expiry, so that the keys that end
-    within the epoch gather in its last few blocks and all other blocks need no mask.
+    within the epoch gather in its last few blocks and all other blocks need no mask. That order is taken from
+    `priority`: sorted by `expiry` itself, keys that outlive the row would stand in an order that depends on how
+    long the row is, and sums would round differently when the future changes.
     """
+    expiry, priority = choice
     *lead, length = expiry.shape
     offset = length - queries
     epochs = -(-queries // epoch_size)
@@ -55,7 +59,8 @@ def epoch_lists(expiry: Int32[Array, "B K S"], *, queries: int, window: int, epo
     row = jnp.minimum(owner, length - 1)
     epoch = jnp.take_along_axis(entry - pair_start, row, axis=-1) + pair
     carried = row < offset + epoch * epoch_size
-    order = jnp.where(carried, -jnp.take_along_axis(expiry, row, axis=-1), row)
+    # Negative for keys carried in, which therefore come first.
+    order = jnp.where(carried, -1 - jnp.take_along_axis(priority, row, axis=-1), row)
     epoch = jnp.where(exists, epoch, epochs)
     everyone = jnp.broadcast_to(pair, (*lead, pairs))
     sorted_epoch, sorted_order, sorted_pair, sorted_row = jax.lax.sort(
@@ -102,7 +107,7 @@ def _take(array, index, fill: int):
     return jnp.where(inside, taken, fill)
 
 
-def _ranges_holding(range_end: Int32[Array, "*n S"], count: int) -> Int32[Array, "*n count"]:
+def _ranges_holding(range_end: Int32[Array, "*n S"], count: int) -> Int32[Array, "*n {count}"]:
     """For r = 0 … count−1 the number of ranges that end at or before r: the range that holds r."""
     search = jnp.arange(count, dtype=jnp.int32)
     flat = range_end.reshape(-1, range_end.shape[-1])
@@ -110,7 +115,7 @@ def _ranges_holding(range_end: Int32[Array, "*n S"], count: int) -> Int32[Array,
     return found.astype(jnp.int32).reshape(*range_end.shape[:-1], count)
 
 
-def _count_below(ascending: Int32[Array, "*n R"], count: int) -> Int32[Array, "*n count+1"]:
+def _count_below(ascending: Int32[Array, "*n R"], count: int) -> Int32[Array, "*n {count+1}"]:
     """For e = 0 … count the number of entries below e in ascending rows."""
     search = jnp.arange(count + 1, dtype=jnp.int32)
     flat = ascending.reshape(-1, ascending.shape[-1])

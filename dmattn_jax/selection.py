@@ -7,6 +7,7 @@ is visible to query i if and only if j <= i < expiry[j], and `expiry` is the who
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,24 +44,32 @@ def select_keys(
     check_segment_ids(segment_ids, batch, length)
     documents = document_bounds(segment_ids, batch, length)
     rows = jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1)
-    return jnp.moveaxis(expiry_of(rows, windows, documents, causal=causal), 1, 2)
+    return jnp.moveaxis(choose_keys(rows, windows, documents, causal=causal).expiry, 1, 2)
 
 
-def expiry_of(
-    gate: Float[Array, "B K S"], windows: tuple[int, ...], documents: Documents, *, causal: bool
-) -> Int32[Array, "B K S"]:
+class Choice(NamedTuple):
+    """Lifetimes, and the order in which keys fall out of the window.
+
+    priority: of two keys that some query sees both, the one of lower priority expires first. It follows from the
+    two keys alone, which expiry does not: an order by priority tells nothing of the future.
+    """
+
+    expiry: Int32[Array, "B K S"]
+    priority: Int32[Array, "B K S"]
+
+
+def choose_keys(gate: Float[Array, "B K S"], windows: tuple[int, ...], documents: Documents, *, causal: bool) -> Choice:
     """`select_keys` on head-major gates and known documents."""
     length = gate.shape[-1]
     position = jnp.arange(length, dtype=jnp.int32)
     gate = jnp.where(documents.token[:, None], gate, -jnp.inf)
     start, end = documents.start[:, None], documents.end[:, None]
+    # Ascending and stable: among equal gates the later key ranks higher, and so wins.
+    rank = _inverse(jnp.argsort(gate, axis=-1, stable=True).astype(jnp.int32))
     if min(windows) >= length:
         expiry = jnp.broadcast_to(end, gate.shape)
     else:
         budget = jnp.asarray([min(window, length) for window in windows], jnp.int32)
-        # Ascending and stable: among equal gates the later key ranks higher, and so wins.
-        order = jnp.argsort(gate, axis=-1, stable=True).astype(jnp.int32)
-        rank = _inverse(order)
         # Without causality the only prefix that counts is the whole document.
         until = position + 1 if causal else jnp.maximum(end, 1)
         threshold = _kth_largest_rank(rank, start, until, budget[None, :, None])
@@ -68,11 +77,12 @@ def expiry_of(
         expiry = _first_above(threshold, rank, first, last)
         if not causal:
             expiry = jnp.where(expiry >= end, expiry, position)
-    return jnp.where(jnp.isneginf(gate), position, jnp.maximum(expiry, position))
+    expiry = jnp.where(jnp.isneginf(gate), position, jnp.maximum(expiry, position))
+    return Choice(expiry, rank)
 
 
-def sliding_window_expiry(windows: tuple[int, ...], documents: Documents) -> Int32[Array, "B K S"]:
-    """What `expiry_of` gives when all gates are equal: the last `window` tokens of the document.
+def last_keys(windows: tuple[int, ...], documents: Documents) -> Choice:
+    """What `choose_keys` gives when all gates are equal: the last `window` positions of the document.
 
     Counted in positions, so padding inside a document takes places in the window.
     """
@@ -80,7 +90,8 @@ def sliding_window_expiry(windows: tuple[int, ...], documents: Documents) -> Int
     span = jnp.asarray(windows, jnp.int32)[None, :, None]
     # end - position first: position + window could pass 2^31.
     life = jnp.minimum(span, (documents.end - position)[:, None])
-    return jnp.where(documents.token[:, None], position + jnp.maximum(life, 0), position)
+    expiry = jnp.where(documents.token[:, None], position + jnp.maximum(life, 0), position)
+    return Choice(expiry, jnp.broadcast_to(position, expiry.shape))
 
 
 def _inverse(order: Int32[Array, "*n S"]) -> Int32[Array, "*n S"]:

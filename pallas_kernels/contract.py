@@ -5,7 +5,6 @@ Interval attention is softmax attention whose mask is one interval of query posi
     logit[b, h, t, s] = scale · query[b, t, h]·key[b, s, k] + bias[b, s, k]   if start[b, k, s] <= p < end[b, k, s]
                         −∞                                                    otherwise
     out[b, t, h]      = Σ_s softmax_s(logit) · value[b, s, k]
-    lse[b, t, h]      = log Σ_s exp(logit)
 
 with k = h // (H/K) the kv head of query head h, and p = S − T + t the position of query t: queries are the
 last T of S positions. Sliding windows, dense causal attention, packed documents and dynamic masks are all
@@ -14,7 +13,7 @@ choices of `start` and `end`.
 Promises, for every implementation, forward and backward:
 
 - No array of T×S elements, in any pass. Temporary memory is linear in T + S.
-- A query that no key is visible to gives out 0, lse −∞, and no gradient.
+- A query that no key is visible to gives out 0 and no gradient.
 - Products accumulate in float32 (float64 for float64 inputs); the bias is added in that type.
 - Results do not depend on what masked places hold, NaN included. A key row with a non-finite key or value,
   or a NaN bias, makes NaN of the queries that see it and of nothing else.
@@ -28,9 +27,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 
@@ -76,6 +76,22 @@ class Intervals:
 jax.tree_util.register_dataclass(Intervals, data_fields=["start", "end", "lists"], meta_fields=[])
 
 
+class Normalizer(NamedTuple):
+    """What turns logits into weights: softmax(logit) = exp(logit − shift) / total; total 0 where nothing is visible.
+
+    Kept apart rather than as shift + log(total): a gate is an exponential and may be large, and a log-sum-exp
+    near 10⁴ in float32 would leave every recomputed weight wrong by a thousandth.
+    """
+
+    shift: Float[Array, "B T H"]
+    total: Float[Array, "B T H"]
+
+    @property
+    def lse(self) -> Float[Array, "B T H"]:
+        """log Σ_s exp(logit); −∞ for a query that sees no key."""
+        return self.shift + jnp.log(self.total)
+
+
 @dataclass(frozen=True)
 class BlockSizes:
     """How a kernel cuts its work; each implementation derives its own from the shape (`block_sizes`).
@@ -96,8 +112,9 @@ class BlockSizes:
             raise ValueError(f"epoch must be a multiple of block_q, got {self.epoch} and {self.block_q}")
 
 
+@runtime_checkable
 class Forward(Protocol):
-    """(query [B,T,H,D], key, value [B,S,K,D], bias [B,S,K], intervals) -> out [B,T,H,D], lse [B,T,H]."""
+    """(query [B,T,H,D], key, value [B,S,K,D], bias [B,S,K], intervals) -> out [B,T,H,D], normalizer."""
 
     def __call__(
         self,
@@ -109,9 +126,10 @@ class Forward(Protocol):
         *,
         scale: float,
         blocks: BlockSizes,
-    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]: ...
+    ) -> tuple[Float[Array, "B T H D"], Normalizer]: ...
 
 
+@runtime_checkable
 class Backward(Protocol):
     """The forward's inputs and outputs and the cotangent of `out` -> gradients of query, key, value, bias."""
 
@@ -123,7 +141,7 @@ class Backward(Protocol):
         bias: Float[Array, "B S K"],
         intervals: Intervals,
         out: Float[Array, "B T H D"],
-        lse: Float[Array, "B T H"],
+        normalizer: Normalizer,
         dout: Float[Array, "B T H D"],
         *,
         scale: float,

@@ -26,8 +26,8 @@ def interval_attention(
 
 
 def _forward(query, key, value, bias, intervals, implementation, scale, blocks):
-    out, lse = implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)
-    return out, (query, key, value, bias, intervals, out, lse)
+    out, normalizer = implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)
+    return out, (query, key, value, bias, intervals, out, normalizer)
 
 
 def _backward(implementation, scale, blocks, residuals, dout):

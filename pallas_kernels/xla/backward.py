@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.contract import BlockSizes, Intervals
+from pallas_kernels.contract import BlockSizes, Intervals, Normalizer
 from pallas_kernels.xla.rows import Epoch, key_blocks, take_slots
 from pallas_kernels.xla.tiles import accumulation_dtype, logits, matmul, pad_queries
 
@@ -24,13 +24,13 @@ def backward(
     bias: Float[Array, "B S K"],
     intervals: Intervals,
     out: Float[Array, "B T H D"],
-    lse: Float[Array, "B T H"],
+    normalizer: Normalizer,
     dout: Float[Array, "B T H D"],
     *,
     scale: float,
     blocks: BlockSizes,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"], Float[Array, "B S K"]]:
-    """`contract.Backward`: weights recomputed from `lse`, ds = p ∘ (dp − Σ dout·out)."""
+    """`contract.Backward`: weights recomputed from the normalizer, ds = p ∘ (dp − Σ dout·out)."""
     batch, queries, heads, dim = query.shape
     keys, kv_heads = key.shape[1:3]
     group = heads // kv_heads
@@ -39,30 +39,32 @@ def backward(
     walk = key_blocks(key, value, bias, intervals, blocks)
     lists = intervals.lists
     offset = keys - queries
-    inputs = tuple(pad_queries(array, size) for array in (query, out, dout, lse))
+    inputs = tuple(pad_queries(array, size) for array in (query, out, dout, *normalizer))
     count = inputs[0].shape[1] // size
 
     def query_tile(number):
-        """The epoch's query, dout [B, t, K, G, D] and lse, Σ dout·out [B, K, G, t].
+        """The epoch's query, dout [B, t, K, G, D], and shift, 1/total, Σ dout·out [B, K, G, t].
 
-        A non-finite query row poisons the weights of the keys it sees through lse, and is itself set to 0: in the
-        products over queries it would reach every key of the block.
+        A non-finite query row poisons the weights of the keys it sees through its shift, and is itself set to 0: in
+        the products over queries it would reach every key of the block.
         """
-        q, o, do, logsum = (
+        q, o, do, shift, total = (
             jax.lax.dynamic_slice_in_dim(array, number * size, size, axis=1).reshape(
                 batch, size, kv_heads, group, *array.shape[3:]
             )
             for array in inputs
         )
-        finite = jnp.isfinite(q).all(-1) & jnp.isfinite(do).all(-1) & ~jnp.isnan(logsum)
+        finite = jnp.isfinite(q).all(-1) & jnp.isfinite(do).all(-1) & jnp.isfinite(total)
         delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1)
-        logsum, delta = (jnp.moveaxis(jnp.where(finite, array, jnp.nan), 1, 3) for array in (logsum, delta))
-        return *(jnp.where(finite[..., None], array, 0) for array in (q, do)), logsum, delta
+        inverse = 1 / jnp.where(total == 0, 1, total)
+        rows = (jnp.where(finite, shift, jnp.nan), inverse, delta)
+        shift, inverse, delta = (jnp.moveaxis(array, 1, 3)[..., None] for array in rows)
+        return *(jnp.where(finite[..., None], array, 0) for array in (q, do)), shift, inverse, delta
 
     def epoch_step(carry, number):
         dquery, slots, gradients = carry
         epoch = Epoch(number, offset + number * size, size)
-        q, do, logsum, delta = query_tile(number)
+        q, do, shift, inverse, delta = query_tile(number)
         if lists is not None:
             following = jax.lax.dynamic_index_in_dim(lists.next_slot, number, axis=2, keepdims=False)
             slots = tuple(take_slots(array, following) for array in slots)
@@ -71,14 +73,13 @@ def backward(
             dq, slots = state
             rows = walk.rows(epoch, block)
             scores, visible = logits(q, rows, epoch, scale, dtype)
-            reference = jnp.where(jnp.isneginf(logsum), 0, logsum)[..., None]
-            weights = jnp.where(visible, jnp.exp(scores - reference), 0)
+            weights = jnp.where(visible, jnp.exp(scores - shift) * inverse, 0)
             dweights = matmul("btkgd,bkcd->bkgtc", do, rows.value, dtype)
             # A weight that rounds to 1 leaves nothing for the others: its exact ds is below rounding, and 0 here.
             settled = ~visible | (weights == 1)
-            dscores = jnp.where(settled, 0, weights * (dweights - delta[..., None]))
+            dscores = jnp.where(settled, 0, weights * (dweights - delta))
             low = dscores.astype(query.dtype)
-            dq = dq + scale * matmul("bkgtc,bkcd->btkgd", low, rows.key, dtype)
+            dq = dq + scale * matmul("bkgtc,bkcd->bkgtd", low, rows.key, dtype)
             own = (
                 scale * matmul("bkgtc,btkgd->bkcd", low, q, dtype),
                 matmul("bkgtc,btkgd->bkcd", weights.astype(value.dtype), do, dtype),
@@ -91,8 +92,10 @@ def backward(
         def step(block, state):
             return jax.lax.cond(walk.visited(epoch, block), visit, lambda _, same: same, block, state)
 
-        dq, slots = jax.lax.fori_loop(0, walk.count, step, (jnp.zeros(q.shape, dtype), slots))
-        dq = dq.reshape(batch, size, heads, dim).astype(query.dtype)
+        dq, slots = jax.lax.fori_loop(
+            0, walk.count, step, (jnp.zeros((batch, kv_heads, group, size, dim), dtype), slots)
+        )
+        dq = jnp.moveaxis(dq, 3, 1).reshape(batch, size, heads, dim).astype(query.dtype)
         dquery = jax.lax.dynamic_update_slice_in_dim(dquery, dq, number * size, axis=1)
         if lists is not None:
             gradients = _read_out(gradients, slots, lists.entry_slot, epoch.first, size)

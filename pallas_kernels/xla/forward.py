@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.contract import BlockSizes, Intervals
+from pallas_kernels.contract import BlockSizes, Intervals, Normalizer
 from pallas_kernels.xla.rows import Epoch, key_blocks
 from pallas_kernels.xla.tiles import accumulation_dtype, logits, matmul, pad_queries
 
@@ -20,7 +20,7 @@ def forward(
     *,
     scale: float,
     blocks: BlockSizes,
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+) -> tuple[Float[Array, "B T H D"], Normalizer]:
     """`contract.Forward`; the algorithm is FlashAttention's (arXiv 2205.14135) over gathered keys."""
     batch, queries, heads, dim = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -31,8 +31,7 @@ def forward(
     padded = pad_queries(query, size)
     count = padded.shape[1] // size
 
-    def epoch_step(carry, number):
-        out, lse = carry
+    def epoch_step(whole, number):
         epoch = Epoch(number, keys - queries + number * size, size)
         tile = jax.lax.dynamic_slice_in_dim(padded, number * size, size, axis=1)
         tile = tile.reshape(batch, size, kv_heads, group, dim)
@@ -57,16 +56,18 @@ def forward(
         shape = (batch, kv_heads, group, size)
         state = (jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, dim), dtype))
         largest, total, weighted = jax.lax.fori_loop(0, walk.count, step, state)
-        empty = total == 0
-        tile_out = jnp.where(empty[..., None], 0, weighted / jnp.where(empty, 1, total)[..., None])
-        tile_lse = jnp.where(empty, -jnp.inf, largest + jnp.log(jnp.where(empty, 1, total)))
+        tile_out = weighted / jnp.where(total == 0, 1, total)[..., None]
         tile_out = jnp.moveaxis(tile_out, 3, 1).reshape(batch, size, heads, dim).astype(query.dtype)
-        tile_lse = jnp.moveaxis(tile_lse, 3, 1).reshape(batch, size, heads)
-        return (
-            jax.lax.dynamic_update_slice_in_dim(out, tile_out, number * size, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(lse, tile_lse, number * size, axis=1),
+        shift, total = (
+            jnp.moveaxis(array, 3, 1).reshape(batch, size, heads)
+            for array in (jnp.where(jnp.isneginf(largest), 0, largest), total)
+        )
+        parts = zip(whole, (tile_out, shift, total), strict=True)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(array, part, number * size, axis=1) for array, part in parts
         ), None
 
-    start = (jnp.zeros_like(padded), jnp.zeros(padded.shape[:3], dtype))
-    (out, lse), _ = jax.lax.scan(epoch_step, start, jnp.arange(count, dtype=jnp.int32))
-    return out[:, :queries], lse[:, :queries]
+    rows = jnp.zeros(padded.shape[:3], dtype)
+    whole, _ = jax.lax.scan(epoch_step, (jnp.zeros_like(padded), rows, rows), jnp.arange(count, dtype=jnp.int32))
+    out, shift, total = (array[:, :queries] for array in whole)
+    return out, Normalizer(shift, total)

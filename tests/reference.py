@@ -1,0 +1,155 @@
+"""Inputs that try to break things, and the float64 truth to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmattn_jax.attention import dynamic_mask_attention
+from dmattn_jax.oracle import attention_oracle
+
+GATES = ("random", "tied", "rising", "falling", "walk", "rounded", "holes")
+NAMES = ("out", "dquery", "dkey", "dvalue", "dgate")
+
+
+def make_gate(kind: str, rng: np.random.Generator, batch: int, length: int, heads: int) -> np.ndarray:
+    """A float32 gate [B, S, K] of the named kind; every value is exact in float32, so ties are ties everywhere."""
+    shape = (batch, length, heads)
+    ramp = np.broadcast_to(np.arange(length)[None, :, None] / max(length, 1), shape)
+    noise = rng.standard_normal(shape)
+    made = {
+        "random": lambda: 2 * noise,
+        "tied": lambda: np.ones(shape),
+        "rising": lambda: 3 * ramp,
+        "falling": lambda: -3 * ramp,
+        "walk": lambda: 0.2 * np.cumsum(noise, axis=1),
+        "rounded": lambda: np.round(noise),
+        "holes": lambda: np.where(rng.random(shape) < 0.3, -np.inf, np.round(2 * noise) / 2),
+    }[kind]()
+    return made.astype(np.float32)
+
+
+def make_segments(kind: str, rng: np.random.Generator, batch: int, length: int) -> np.ndarray | None:
+    """segment_ids [B, S] int32: none, packed documents, packed with padding, padded left, right, or inside."""
+    if kind == "none":
+        return None
+    ids = np.sort(rng.integers(1, 4, (batch, length)), axis=1)
+    position = np.arange(length)
+    cut = rng.integers(0, length + 1, (batch, 1))
+    made = {
+        "packed": lambda: ids,
+        "right": lambda: np.where(position < cut, ids, 0),
+        "left": lambda: np.where(position >= cut, ids, 0),
+        "inside": lambda: np.where(rng.random(ids.shape) < 0.25, 0, ids),
+        "returning": lambda: rng.integers(0, 3, ids.shape),
+        "empty": lambda: np.zeros_like(ids),
+    }[kind]()
+    return made.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of attention and a cotangent; arrays are float64 numpy, the gate exact in float32."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    gate: np.ndarray
+    cotangent: np.ndarray
+    window: int | Sequence[int]
+    segment_ids: np.ndarray | None = None
+    options: dict = field(default_factory=dict)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.query, self.key, self.value, self.gate
+
+
+def make_case(
+    *,
+    batch: int = 2,
+    queries: int | None = None,
+    keys: int = 131,
+    kv_heads: int = 3,
+    group: int = 2,
+    dim: int = 24,
+    window: int | Sequence[int] = 17,
+    gate: str = "random",
+    segments: str = "none",
+    seed: int = 0,
+    **options,
+) -> Case:
+    """Distinct sizes on every axis by default, so that a swapped axis cannot pass."""
+    rng = np.random.default_rng(seed)
+    queries = keys if queries is None else queries
+    shape = (batch, queries, kv_heads * group, dim)
+    return Case(
+        query=rng.standard_normal(shape),
+        key=rng.standard_normal((batch, keys, kv_heads, dim)),
+        value=rng.standard_normal((batch, keys, kv_heads, dim)),
+        gate=make_gate(gate, rng, batch, keys, kv_heads),
+        cotangent=rng.standard_normal(shape),
+        window=window,
+        segment_ids=make_segments(segments, rng, batch, keys),
+        options=options,
+    )
+
+
+def rounded(case: Case, dtype: str) -> Case:
+    """The case with its arrays rounded to dtype: error is then of the arithmetic, not of the inputs."""
+    query, key, value, cotangent = (
+        np.asarray(jnp.asarray(array, jnp.float32).astype(dtype).astype(jnp.float32), np.float64)
+        for array in (case.query, case.key, case.value, case.cotangent)
+    )
+    return Case(query, key, value, case.gate, cotangent, case.window, case.segment_ids, case.options)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _output_and_gradients(attention, window, options, arrays, segment_ids, cotangent):
+    out, pull = jax.vjp(
+        lambda *args: attention(*args, window=window, segment_ids=segment_ids, **dict(options)), *arrays
+    )
+    return (out, *pull(cotangent))
+
+
+def run(case: Case, dtype: str = "float32", attention=dynamic_mask_attention, **options) -> list[np.ndarray]:
+    """[out, dquery, dkey, dvalue, dgate] of the case in dtype, as numpy arrays of the dtype they come in."""
+    gate_dtype = "float64" if dtype == "float64" else "float32"
+    arrays = tuple(jnp.asarray(array, dtype) for array in case.arrays[:3])
+    arrays = (*arrays, jnp.asarray(case.gate, gate_dtype))
+    segment_ids = None if case.segment_ids is None else jnp.asarray(case.segment_ids)
+    window = case.window if isinstance(case.window, int) else tuple(case.window)
+    static = tuple(sorted({**case.options, **options}.items()))
+    cotangent = jnp.asarray(case.cotangent, dtype)
+    results = _output_and_gradients(attention, window, static, arrays, segment_ids, cotangent)
+    return [np.asarray(result) for result in results]
+
+
+def truth(case: Case, attention=attention_oracle, **options) -> list[np.ndarray]:
+    """The same by the dense oracle in float64."""
+    with jax.enable_x64(True):
+        return run(case, "float64", attention, **options)
+
+
+def rms_ratio(got: np.ndarray, want: np.ndarray) -> float:
+    """RMS of the error over the RMS of the truth; inf where the truth is 0 and the result is not."""
+    error = np.sqrt(np.mean((np.asarray(got, np.float64) - want) ** 2))
+    size = np.sqrt(np.mean(want**2))
+    if not np.isfinite(error):
+        return float("inf")
+    return float(error / size) if size else (0.0 if error == 0 else float("inf"))
+
+
+def assert_close(got: list[np.ndarray], want: list[np.ndarray], *, ratio: float, each: float) -> None:
+    """Every tensor within an RMS ratio, and 100% of its elements within `each` of the truth's largest value."""
+    for name, left, right in zip(NAMES, got, want, strict=False):
+        assert left.shape == right.shape, f"{name}: {left.shape} for {right.shape}"
+        assert rms_ratio(left, right) <= ratio, f"{name}: RMS ratio {rms_ratio(left, right):.2e} > {ratio:.0e}"
+        error = np.abs(np.asarray(left, np.float64) - right)
+        bound = each * max(np.abs(right).max(), 1e-30)
+        assert (error <= bound).all(), f"{name}: {error.max():.2e} > {bound:.2e} at {np.argmax(error)}"

@@ -1,0 +1,309 @@
+"""The attention contract, for every implementation that runs here: a new backend joins by registering itself."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import GATES, NAMES, Case, assert_close, make_case, rms_ratio, rounded, run, truth
+
+from dmattn_jax.attention import causal_attention, dynamic_mask_attention, sliding_window_attention
+from dmattn_jax.oracle import visible_keys_oracle
+from pallas_kernels import IMPLEMENTATIONS
+
+# Reliability bars: RMS error over RMS of the truth, per dtype.
+RATIO = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
+EXACT = {"ratio": 1e-5, "each": 2e-5}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    reason = IMPLEMENTATIONS[request.param].unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def check(case: Case, implementation: str, **bounds) -> None:
+    assert_close(run(case, implementation=implementation), truth(case), **{**EXACT, **bounds})
+
+
+@pytest.mark.parametrize("segments", ["none", "packed", "right", "left", "inside", "returning"])
+@pytest.mark.parametrize("gate", GATES)
+def test_values_and_gradients(implementation, gate, segments):
+    """Lists of several epochs, GQA, every kind of gate and packing, random cotangents, against float64."""
+    check(make_case(gate=gate, segments=segments, seed=len(gate) + 7 * len(segments)), implementation)
+
+
+@pytest.mark.parametrize("segments", ["none", "inside"])
+@pytest.mark.parametrize("window", [1, 5, 40, 131, 132, 1310, (1, 40, 999)])
+def test_windows(implementation, window, segments):
+    check(make_case(window=window, segments=segments), implementation)
+
+
+@pytest.mark.parametrize("gate", ["random", "rounded", "holes"])
+@pytest.mark.parametrize("segments", ["none", "packed", "inside"])
+@pytest.mark.parametrize("window", [3, 29, 500])
+def test_not_causal(implementation, window, segments, gate):
+    """One choice a document, of the largest gates over all its keys."""
+    check(make_case(keys=83, window=window, segments=segments, gate=gate, causal=False), implementation)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 67, 130])
+@pytest.mark.parametrize("causal", [True, False])
+def test_fewer_queries_than_keys(implementation, queries, causal):
+    """The queries are the last T of S positions."""
+    check(make_case(queries=queries, segments="inside", causal=causal), implementation)
+
+
+@pytest.mark.parametrize("dim", [16, 32, 40, 64, 72, 80, 96, 100, 112, 128, 160, 192, 256])
+def test_head_sizes(implementation, dim):
+    check(make_case(batch=1, keys=97, kv_heads=1, group=2, dim=dim), implementation)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16])
+def test_query_heads_per_kv_head(implementation, group):
+    check(make_case(batch=1, keys=97, kv_heads=2, group=group, dim=20), implementation)
+
+
+def check_length(length: int, implementation: str) -> None:
+    case = make_case(batch=1, keys=length, kv_heads=1, group=2, dim=16, window=min(11, 1 + length // 2))
+    check(case, implementation)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 127, 128, 129, 257])
+def test_lengths(implementation, length):
+    check_length(length, implementation)
+
+
+@pytest.mark.slow
+def test_every_length(implementation):
+    for length in range(1, 258):
+        check_length(length, implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("power", range(9, 13))
+def test_lengths_around_powers_of_two(implementation, power):
+    for length in (2**power - 1, 2**power, 2**power + 1):
+        check_length(length, implementation)
+
+
+def dense_attention(query, key, value, gate, *, window, segment_ids):
+    """Plain dense attention in query's dtype, products accumulated in float32, whole masks and logits."""
+    group = query.shape[2] // key.shape[2]
+    visible = jnp.repeat(visible_keys_oracle(gate, window), group, axis=1)
+    key, value, gate = (jnp.repeat(array, group, axis=2) for array in (key, value, gate))
+    logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
+    logits = logits * query.shape[-1] ** -0.5 + jnp.moveaxis(gate, 1, 2)[:, :, None, :]
+    weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf)).astype(query.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights, value, preferred_element_type=jnp.float32).astype(query.dtype)
+
+
+@pytest.mark.parametrize("dtype", RATIO)
+@pytest.mark.parametrize("window", [17, 131])
+def test_precision(implementation, dtype, window):
+    """Within the bar of each dtype, and at most twice the error of dense attention in that dtype."""
+    case = rounded(make_case(window=window, dim=32, seed=3), dtype)
+    want = truth(case)
+    got = run(case, dtype, implementation=implementation)
+    dense = run(case, dtype, dense_attention)
+    for name, ours, theirs, exact in zip(NAMES, got, dense, want, strict=True):
+        ours, theirs = (np.asarray(array, np.float64) for array in (ours, theirs))
+        assert rms_ratio(ours, exact) <= RATIO[dtype], name
+        # Every element, with room for a few roundings of a result that dense attention happens to hit exactly.
+        slack = float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+        assert np.abs(ours - exact).max() <= 2 * np.abs(theirs - exact).max() + slack, name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_rows_without_keys_are_zero(implementation, share):
+    """Padding queries and queries all of whose keys have gate −inf: output and every gradient exactly 0."""
+    case = make_case(gate="random")
+    hidden = np.random.default_rng(0).random((2, 131)) < share
+    hidden[:, :9] |= share > 0
+    gate = np.where(hidden[..., None], -np.inf, case.gate).astype(np.float32)
+    ids = np.where(np.arange(131) % 7 == 3, 0, 1).astype(np.int32) * np.ones((2, 1), np.int32)
+    case = Case(case.query, case.key, case.value, gate, case.cotangent, 17, ids)
+    got = run(case, implementation=implementation)
+    assert_close(got, truth(case), **EXACT)
+    token = ids != 0
+    seen = np.cumsum(~hidden & token, axis=1) > 0
+    blind = ~(seen & token)
+    np.testing.assert_array_equal(got[0][blind], 0)
+    np.testing.assert_array_equal(got[1][blind], 0)
+    for gradient in got[2:]:
+        np.testing.assert_array_equal(gradient[hidden | ~token], 0)
+
+
+def test_window_of_one_returns_the_top_value(implementation):
+    """One key a query: its value, and no gradient to anything but it."""
+    case = make_case(window=1, gate="random")
+    out, dquery, dkey, dvalue, dgate = run(case, implementation=implementation)
+    best = np.stack(
+        [np.argmax(np.where(np.arange(131)[None, :, None] <= i, case.gate, -np.inf), 1) for i in range(131)], 1
+    )
+    value = np.take_along_axis(case.value.astype(np.float32), best[..., None], axis=1)
+    np.testing.assert_array_equal(out, np.repeat(value, 2, axis=2))
+    for gradient in (dquery, dkey, dgate):
+        np.testing.assert_array_equal(gradient, 0)
+    assert np.abs(dvalue).max() > 0
+
+
+@pytest.mark.parametrize("window", [131, 132, 1310])
+def test_window_past_the_length_is_dense_with_a_bias(implementation, window):
+    case = make_case(window=window)
+    with jax.enable_x64(True):
+        key, value, gate = (np.repeat(array, 2, axis=2) for array in (case.key, case.value, case.gate))
+        dense = jax.nn.dot_product_attention(
+            *(jnp.asarray(array) for array in (case.query, key, value)),
+            bias=jnp.moveaxis(jnp.asarray(gate, jnp.float64), 1, 2)[:, :, None, :],
+            is_causal=True,
+            implementation="xla",
+        )
+    assert_close(run(case, implementation=implementation)[:1], [np.asarray(dense)], **EXACT)
+
+
+def test_ties_are_a_sliding_window(implementation):
+    """All gates equal: bitwise what sliding-window attention gives, gradients too."""
+    case = make_case(gate="tied")
+    case = Case(case.query, case.key, case.value, 0 * case.gate, case.cotangent, 17)
+
+    def sliding(query, key, value, gate, *, window, segment_ids):
+        return sliding_window_attention(
+            query, key, value, window=window, segment_ids=segment_ids, implementation=implementation
+        )
+
+    tied = run(case, implementation=implementation)
+    for left, right in zip(tied[:4], run(case, attention=sliding)[:4], strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("segments", ["none", "packed", "inside"])
+def test_relatives_without_a_gate(implementation, segments):
+    """Sliding-window and dense causal attention, against masks written out."""
+    case = make_case(segments=segments, seed=11)
+    flat = Case(case.query, case.key, case.value, 0 * case.gate, case.cotangent, 131, case.segment_ids)
+
+    def dense(query, key, value, gate, *, window, segment_ids):
+        return causal_attention(query, key, value, segment_ids=segment_ids, implementation=implementation)
+
+    def sliding(query, key, value, gate, *, window, segment_ids):
+        return sliding_window_attention(
+            query, key, value, window=17, segment_ids=segment_ids, implementation=implementation
+        )
+
+    assert_close(run(flat, attention=dense)[:4], truth(flat)[:4], **EXACT)
+    far = np.arange(131)[:, None] - np.arange(131) >= 17
+
+    def masked(query, key, value, gate, *, window, segment_ids):
+        logits = jnp.einsum("bthd,bshd->bhts", query, jnp.repeat(key, 2, 2)) / query.shape[-1] ** 0.5
+        ids = jnp.ones(query.shape[:2], int) if segment_ids is None else segment_ids
+        hidden = far | (jnp.arange(131)[:, None] < jnp.arange(131))
+        hidden = hidden | (ids[:, :, None] != ids[:, None, :]) | (ids[:, :, None] == 0)
+        logits = jnp.where(hidden[:, None], -jnp.inf, logits)
+        weights = jnp.where(hidden[:, None], 0, jax.nn.softmax(jnp.where(ids[:, None, :, None] == 0, 0, logits)))
+        return jnp.einsum("bhts,bshd->bthd", weights, jnp.repeat(value, 2, 2))
+
+    assert_close(run(flat, attention=sliding)[:4], truth(flat, masked)[:4], **EXACT)
+
+
+@pytest.mark.parametrize("window", [17, 500])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_masked_places_may_hold_anything(implementation, window, bad):
+    """NaN in keys and values that are padding, have gate −inf, or lie in the future: nothing else changes a bit."""
+    ids = np.repeat([1, 0, 2], [50, 20, 61])[None].repeat(2, 0).astype(np.int32)
+    case = make_case(gate="holes", window=window)
+    clean = Case(case.query, case.key, case.value, case.gate, case.cotangent, window, ids)
+    hidden = (ids == 0)[..., None] | np.isneginf(case.gate)
+    dirty_key, dirty_value = (np.where(hidden[..., None], bad, array) for array in (case.key, case.value))
+    padded_query = np.where((ids == 0)[..., None, None], bad, case.query)
+    padded_cotangent = np.where((ids == 0)[..., None, None], bad, case.cotangent)
+    dirty = Case(padded_query, dirty_key, dirty_value, case.gate, padded_cotangent, window, ids)
+    for left, right in zip(
+        run(dirty, implementation=implementation), run(clean, implementation=implementation), strict=True
+    ):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("window", [17, 500])
+@pytest.mark.parametrize("where", ["query", "key", "value", "gate"])
+def test_nan_reaches_only_who_sees_it(implementation, where, window):
+    """A NaN at position 70 of the second document: outputs before it, and all of the first document's, stay
+    bitwise the same; so do all gradients of the first document."""
+    ids = np.repeat([1, 2], [50, 81])[None].repeat(2, 0).astype(np.int32)
+    case = make_case(window=window)
+    arrays = {"query": case.query, "key": case.key, "value": case.value, "gate": case.gate}
+    clean = run(Case(*arrays.values(), case.cotangent, window, ids), implementation=implementation)
+    arrays[where] = arrays[where].copy()
+    arrays[where][:, 70] = np.nan
+    dirty = run(Case(*arrays.values(), case.cotangent, window, ids), implementation=implementation)
+    np.testing.assert_array_equal(dirty[0][:, :70], clean[0][:, :70])
+    assert np.isnan(dirty[0][:, 70]).any()
+    for left, right in zip(dirty[1:], clean[1:], strict=True):
+        np.testing.assert_array_equal(left[:, :50], right[:, :50])
+
+
+@pytest.mark.parametrize("cut", [1, 60, 70, 101, 130])
+@pytest.mark.parametrize("window", [17, 500])
+def test_the_future_changes_nothing(implementation, window, cut):
+    """Change everything from a position on: outputs before it are bitwise the same."""
+    case = make_case(window=window)
+    other = make_case(window=window, seed=99)
+    late = np.arange(131) >= cut
+    mixed = [
+        np.where(late.reshape(1, -1, *[1] * (left.ndim - 2)), 1000 * right, left)
+        for left, right in zip(case.arrays, other.arrays, strict=True)
+    ]
+    before = run(case, implementation=implementation)[0][:, :cut]
+    after = run(Case(*mixed, case.cotangent, window), implementation=implementation)[0][:, :cut]
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("window", [5, 500])
+def test_packed_documents_do_not_touch(implementation, window):
+    """+1000 in every array of one document leaves the others' outputs and gradients bitwise as they were."""
+    ids = np.repeat([1, 2, 3], [37, 41, 53])[None].repeat(2, 0).astype(np.int32)
+    case = make_case(window=window)
+    middle = ids == 2
+    moved = [array + 1000 * middle.reshape(2, -1, *[1] * (array.ndim - 2)) for array in (*case.arrays, case.cotangent)]
+    before = run(Case(*case.arrays, case.cotangent, window, ids), implementation=implementation)
+    after = run(Case(*moved, window, ids), implementation=implementation)
+    for left, right in zip(before, after, strict=True):
+        np.testing.assert_array_equal(left[~middle], right[~middle])
+
+
+def test_packed_is_separate(implementation):
+    lengths = (37, 41, 53)
+    ids = np.repeat([1, 2, 3], lengths)[None].repeat(2, 0).astype(np.int32)
+    case = make_case(window=9, gate="rounded")
+    packed = run(Case(*case.arrays, case.cotangent, 9, ids), implementation=implementation)
+    begin = 0
+    for length in lengths:
+        part = slice(begin, begin + length)
+        alone = Case(*(array[:, part] for array in (*case.arrays, case.cotangent)), 9)
+        for left, right in zip(packed, run(alone, implementation=implementation), strict=True):
+            np.testing.assert_allclose(left[:, part], right, rtol=2e-5, atol=2e-5)
+        begin += length
+
+
+def test_scale(implementation):
+    check(make_case(scale=0.37), implementation)
+
+
+def test_inside_vmap_and_under_remat(implementation):
+    case = make_case(keys=67)
+    query, key, value, gate = (jnp.asarray(array, jnp.float32) for array in case.arrays)
+
+    def attend(query, key, value, gate):
+        return dynamic_mask_attention(query, key, value, gate, window=17, implementation=implementation)
+
+    def one(*row):
+        return attend(*(array[None] for array in row))[0]
+
+    together = attend(query, key, value, gate)
+    np.testing.assert_allclose(jax.vmap(one)(query, key, value, gate), together, rtol=1e-5, atol=1e-5)
+    plain = jax.grad(lambda query: (attend(query, key, value, gate) ** 2).sum())(query)
+    saved = jax.grad(jax.checkpoint(lambda query: (attend(query, key, value, gate) ** 2).sum()))(query)
+    np.testing.assert_array_equal(plain, saved)
