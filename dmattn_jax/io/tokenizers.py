@@ -1,0 +1,269 @@
+"""Text to token ids and back: plain bytes, or any `tokenizer.json` of the tokenizers library.
+
+Both sides are lossless for documents: text that happens to spell a special token is encoded as ordinary text, so
+no document ends early and nobody's input can forge an end of document.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
+import tokenizers.trainers
+from jaxtyping import Int32
+from tqdm import tqdm
+
+END_OF_DOCUMENT = "<|endoftext|>"
+"""The one special token that `train_tokenizer` makes; its id is 0."""
+
+EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")
+BOS_NAMES = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
+
+BYTE_VALUES = 256
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project needs of a tokenizer.
+
+    vocab_size: one more than the largest id. bos_id, eos_id: the ids that begin and end a document, or None.
+    fingerprint: differs between tokenizers that encode differently; token caches are keyed by it.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The ids of `text`, with no begin or end token added. `parse_special` reads special tokens spelled in the
+        text as such, for prompts that a chat template wrote."""
+        ...
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        """`encode` of many texts at once, as int32 arrays."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Special tokens have no text; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes: ids 0..255 are the bytes, 256 ends a document. Nothing to train and nothing to download."""
+
+    vocab_size: int = BYTE_VALUES + 1
+    bos_id: int | None = None
+    eos_id: int | None = BYTE_VALUES
+    fingerprint: str = "bytes"
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The UTF-8 bytes of `text`. The one special token has no spelling, so `parse_special` changes nothing."""
+        return list(_well_formed(text).encode())
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        return [np.frombuffer(_well_formed(text).encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids of 256 and above (the end of a document, the padding of a vocabulary) have no text.
+
+        Raises ValueError for a negative id.
+        """
+        values = [int(value) for value in ids]
+        if values and min(values) < 0:
+            raise ValueError(f"ids must be >= 0, got {min(values)}")
+        return bytes(value for value in values if value < BYTE_VALUES).decode(errors="replace")
+
+
+class FileTokenizer:
+    """A `tokenizer.json`, with the ids that begin and end a document found among its added tokens.
+
+    A `tokenizer_config.json` in the same folder decides when it names an `eos_token` or `bos_token`; otherwise the
+    first name of `EOS_NAMES` and `BOS_NAMES` that the file has.
+    """
+
+    def __init__(self, serialized: str, named: dict[str, str] | None = None) -> None:
+        """serialized: the content of a `tokenizer.json`. named: `{"eos_token": ..., "bos_token": ...}` if known.
+
+        Raises ValueError where the content is not a tokenizer.
+        """
+        self._serialized = serialized
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(serialized)
+        except Exception as error:  # the library raises Exception itself, nothing narrower
+            raise ValueError(f"not a tokenizer.json of the tokenizers library: {error}") from None
+        self._backend.encode_special_tokens = True
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        named = named or {}
+        ids = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        # Ids may have holes, so the count of tokens can be less than what an embedding needs.
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        self.eos_id: int | None = _special_id("eos_token", EOS_NAMES, named, ids, vocabulary)
+        self.bos_id: int | None = _special_id("bos_token", BOS_NAMES, named, ids, vocabulary)
+        identity = f"{self.bos_id} {self.eos_id} {self._backend.to_str()}"
+        self.fingerprint: str = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
+    @functools.cached_property
+    def _special_backend(self) -> tokenizers.Tokenizer:
+        """A second copy, because what becomes of special tokens in the text is a state of the backend."""
+        backend = tokenizers.Tokenizer.from_str(self._serialized)
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        backend = self._special_backend if parse_special else self._backend
+        return list(backend.encode(_well_formed(text), add_special_tokens=False).ids)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        encodings = self._backend.encode_batch_fast([_well_formed(text) for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids that the tokenizer does not have (the padding of a vocabulary) have no text.
+
+        Raises ValueError for a negative id.
+        """
+        values = [int(value) for value in ids]
+        if values and min(values) < 0:
+            raise ValueError(f"ids must be >= 0, got {min(values)}")
+        return str(self._backend.decode(values, skip_special_tokens=True))
+
+
+def _special_id(
+    role: str, names: Sequence[str], named: dict[str, str], added: dict[str, int], vocabulary: dict[str, int]
+) -> int | None:
+    if named.get(role) in vocabulary:
+        return vocabulary[named[role]]
+    return next((added[name] for name in names if name in added), None)
+
+
+def _well_formed(text: str) -> str:
+    """`text` with lone surrogates (JSON can spell them, UTF-8 cannot) replaced by `?`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
+
+
+def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `spec` names: `bytes`, a `tokenizer.json`, or a folder that holds one.
+
+    Raises FileNotFoundError where there is no such file, ValueError where it is not a tokenizer.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"tokenizer must be 'bytes' or the path of a tokenizer.json, got {str(spec)!r}: no file {path}; "
+            "`dmattn tokenizer train` makes one"
+        )
+    try:
+        content = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"tokenizer {path} is not a tokenizer.json: not UTF-8 ({error})") from None
+    named = _named_special_tokens(path.with_name("tokenizer_config.json"))
+    try:
+        return FileTokenizer(content, named)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path} is {error}") from None
+
+
+def _named_special_tokens(path: Path) -> dict[str, str]:
+    """`eos_token` and `bos_token` of a `tokenizer_config.json`, each a string or an object with `content`."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; mend it, or move it away from the tokenizer.json") from None
+    named = {}
+    for role in ("eos_token", "bos_token"):
+        token = config.get(role) if isinstance(config, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            named[role] = token
+    return named
+
+
+def train_tokenizer(
+    texts: Iterable[str | Path], vocab_size: int, path: str | os.PathLike[str], *, progress: bool = False
+) -> Tokenizer:
+    """Train a byte-level BPE tokenizer, write it to `path` as a `tokenizer.json`, and return it.
+
+    texts: documents, or paths of UTF-8 files (one document each), taken one at a time.
+    vocab_size: tokens in all: 256 bytes, the end-of-document token, and the merges. Little text gives fewer.
+    progress: show a bar over the documents; the merges that follow have the library's own.
+
+    Raises ValueError for a vocab_size below 257, for no text at all, and for a file that is not UTF-8.
+    """
+    if vocab_size < BYTE_VALUES + 1:
+        raise ValueError(
+            f"vocab_size must be >= {BYTE_VALUES + 1} (every byte and the end-of-document token), got {vocab_size}"
+        )
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise ValueError(f"path must be a file to write, got the folder {target}: say {target / 'tokenizer.json'}")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    documents = _Documents(texts)
+    bar = tqdm(documents, desc="reading text", unit=" documents", disable=not progress)
+    backend.train_from_iterator(bar, trainer)
+    if not documents.characters:
+        raise ValueError("texts must hold some text to train a tokenizer on, got none")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A tokenizer.json is there in full or not at all, whatever interrupts the writing.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        backend.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "tokenizer.json").replace(target)
+    return FileTokenizer(backend.to_str())
+
+
+class _Documents:
+    """The texts of strings and files, one at a time, and how many characters they had."""
+
+    def __init__(self, texts: Iterable[str | Path]) -> None:
+        self._texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for item in self._texts:
+            if isinstance(item, Path):
+                try:
+                    text = item.read_bytes().decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"texts must be UTF-8 files, got {item}: {error}") from None
+            else:
+                text = item
+            self.characters += len(text)
+            yield _well_formed(text)
