@@ -70,7 +70,7 @@ def dynamic_mask_attention(
         first, last = key.shape[1] - query.shape[1], key.shape[1]
         start = jnp.full_like(index, first)
         end = jnp.where(jnp.take_along_axis(chosen, index, axis=-1), last, first)
-    backend = choose_implementation(implementation)
+    backend = choose_implementation(implementation, query.dtype, query.shape[3])
     return _run(query, key, value, gate, Intervals(start, end), token, scale, backend)
 
 
@@ -131,7 +131,7 @@ def causal_attention(
 def _attend(query, key, value, gate, choice, window, token, scale, implementation):
     """Causal attention for known lifetimes."""
     queries, length, head_dim = query.shape[1], key.shape[1], query.shape[3]
-    backend = choose_implementation(implementation)
+    backend = choose_implementation(implementation, query.dtype, query.shape[3])
     blocks = backend.block_sizes(queries, length, window, head_dim)
     intervals = lay_out(choice, queries=queries, window=window, blocks=blocks)
     return _run(query, key, value, gate, intervals, token, scale, backend, blocks)

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import IMPLEMENTATIONS, Implementation
 
 
-def choose_implementation(name: str | None) -> Implementation:
-    """The named implementation, or the first of the registry that runs on this machine.
+def choose_implementation(name: str | None, dtype: jnp.dtype, head_dim: int) -> Implementation:
+    """The named implementation, or the first of the registry that runs on this machine and takes such queries.
 
-    Raises: ValueError for a name that is unknown, or known and not able to run here (with the reason).
+    Raises: ValueError for a name that is unknown, or that cannot run here or with these queries (with the reason).
     """
     if name is None:
-        return next(entry for entry in IMPLEMENTATIONS.values() if entry.unavailable() is None)
+        return next(entry for entry in IMPLEMENTATIONS.values() if _obstacle(entry, dtype, head_dim) is None)
     if name not in IMPLEMENTATIONS:
         known = ", ".join(repr(known) for known in IMPLEMENTATIONS)
         raise ValueError(f"implementation must be None or one of {known}, got {name!r}")
-    reason = IMPLEMENTATIONS[name].unavailable()
+    reason = _obstacle(IMPLEMENTATIONS[name], dtype, head_dim)
     if reason is not None:
         raise ValueError(f"implementation {name!r} cannot run here: {reason}")
     return IMPLEMENTATIONS[name]
 
 
+def _obstacle(entry: Implementation, dtype: jnp.dtype, head_dim: int) -> str | None:
+    return entry.unavailable() or entry.unsupported(dtype, head_dim)
+
+
 def explain() -> str:
     """Which implementation `implementation=None` takes on this machine, and why not the others."""
     devices = jax.devices()
-    chosen = choose_implementation(None)
+    chosen = next(entry for entry in IMPLEMENTATIONS.values() if entry.unavailable() is None)
     lines = [
         f"devices: {len(devices)} × {devices[0].device_kind} ({jax.default_backend()}), JAX {jax.__version__}",
         f"dynamic-mask attention runs on: {chosen.name}",
@@ -35,6 +40,8 @@ def explain() -> str:
         reason = entry.unavailable()
         if reason is not None:
             lines.append(f"not {entry.name}: {reason}")
-    if chosen.name == "xla" and jax.default_backend() != "cpu":
+    if chosen.name != "xla":
+        lines.append("float32, float64 and head sizes it does not take run on: xla")
+    elif jax.default_backend() != "cpu":
         lines.append("xla is the portable path: right everywhere, not tuned for this device")
     return "\n".join(lines)

@@ -24,11 +24,11 @@ def lay_out(choice: Choice, *, queries: int, window: int, blocks: BlockSizes) ->
     start = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), choice.expiry.shape)
     lists = None
     if window + blocks.epoch < length:
-        lists = epoch_lists(choice, queries=queries, window=window, epoch_size=blocks.epoch)
+        lists = epoch_lists(choice, queries=queries, window=window, epoch_size=blocks.epoch, granule=blocks.granule)
     return Intervals(start, choice.expiry, lists)
 
 
-def epoch_lists(choice: Choice, *, queries: int, window: int, epoch_size: int) -> EpochLists:
+def epoch_lists(choice: Choice, *, queries: int, window: int, epoch_size: int, granule: int = 1) -> EpochLists:
     """The lists of `contract.EpochLists` for lifetimes [j, expiry[j]), at most `window` alive at any position.
 
     Every (key, epoch) pair in which the key is alive is written out once, sorted by epoch and by the order within
@@ -41,8 +41,9 @@ def epoch_lists(choice: Choice, *, queries: int, window: int, epoch_size: int) -
     *lead, length = expiry.shape
     offset = length - queries
     epochs = -(-queries // epoch_size)
-    capacity = window + epoch_size
-    pairs = epochs * capacity
+    pairs = epochs * (window + epoch_size)
+    room = -(-window // granule) * granule
+    capacity = -(-(room + epoch_size) // granule) * granule
     position = jnp.arange(length, dtype=jnp.int32)
 
     first_query = jnp.maximum(position, offset)
@@ -75,17 +76,17 @@ def epoch_lists(choice: Choice, *, queries: int, window: int, epoch_size: int) -
     begin, middle, finish = bounds[..., :-1], bounds[..., 1:] - entering, bounds[..., 1:]
 
     slot = jnp.arange(capacity, dtype=jnp.int32)
-    early = slot < window
-    source = jnp.where(early, begin[..., None] + slot, middle[..., None] + slot - window)
+    early = slot < room
+    source = jnp.where(early, begin[..., None] + slot, middle[..., None] + slot - room)
     filled = source < jnp.where(early, middle[..., None], finish[..., None])
-    source = jnp.where(filled, source, pairs).reshape(*lead, pairs)
+    source = jnp.where(filled, source, pairs).reshape(*lead, epochs * capacity)
     index = _take(sorted_row, source, length).reshape(*lead, epochs, capacity)
 
     # The way back: the slot of every pair, in pair order, where the next epoch of the same key is pair r + 1.
     at = jnp.minimum(sorted_epoch, epochs - 1)
     rank = pair - jnp.take_along_axis(begin, at, axis=-1)
     enters = sorted_order >= 0
-    sorted_slot = jnp.where(enters, window + pair - jnp.take_along_axis(middle, at, axis=-1), rank)
+    sorted_slot = jnp.where(enters, room + pair - jnp.take_along_axis(middle, at, axis=-1), rank)
     pair_slot = jax.lax.sort((sorted_pair, sorted_slot), dimension=-1, num_keys=1, is_stable=False)[1]
     last = jnp.take_along_axis(pair_end, row, axis=-1) - 1
     follower = jnp.where(pair < last, jnp.concatenate([pair_slot[..., 1:], pair_slot[..., :1]], axis=-1), capacity)
@@ -96,7 +97,7 @@ def epoch_lists(choice: Choice, *, queries: int, window: int, epoch_size: int) -
         next_slot=next_slot.reshape(*lead, epochs, capacity),
         entry_slot=entry_slot,
         epoch_size=epoch_size,
-        carried=window,
+        carried=room,
     )
 
 

@@ -4,10 +4,11 @@
 """
 
 from pallas_kernels.contract import BlockSizes, EpochLists, Implementation, Intervals
+from pallas_kernels.gpu import MOSAIC_GPU
 from pallas_kernels.vjp import interval_attention
 from pallas_kernels.xla import XLA
 
-IMPLEMENTATIONS: dict[str, Implementation] = {entry.name: entry for entry in (XLA,)}
+IMPLEMENTATIONS: dict[str, Implementation] = {entry.name: entry for entry in (MOSAIC_GPU, XLA)}
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -16,7 +16,8 @@ Promises, for every implementation, forward and backward:
 - A query that no key is visible to gives out 0 and no gradient.
 - Products accumulate in float32 (float64 for float64 inputs); the bias is added in that type.
 - Results do not depend on what masked places hold, NaN included. A key row with a non-finite key or value,
-  or a NaN bias, makes NaN of the queries that see it and of nothing else.
+  or a NaN bias, makes NaN of the queries that see it and of nothing else; gradients stay clean in documents that
+  hold no such row.
 - The same inputs give bitwise the same outputs.
 
 Axis letters: B batch, T query time, S key time, H query heads, K kv heads, G = H/K, D head dim, E epochs,
@@ -96,15 +97,17 @@ class Normalizer(NamedTuple):
 class BlockSizes:
     """How a kernel cuts its work; each implementation derives its own from the shape (`block_sizes`).
 
-    epoch: queries that share one list of keys. block_q, block_k: queries and keys of one matrix product.
+    epoch: queries that share one list of keys. block_q, block_k: queries and keys of one matrix product. granule: the
+    first part of every list, and so each list, is a multiple of this many slots.
     """
 
     epoch: int
     block_q: int
     block_k: int
+    granule: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epoch", "block_q", "block_k"):
+        for name in ("epoch", "block_q", "block_k", "granule"):
             size = getattr(self, name)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {size!r}")
@@ -155,6 +158,7 @@ class Implementation:
 
     block_sizes(queries, keys, window, head_dim): sizes for a shape; `window` is the largest of the heads'.
     unavailable(): None where it runs on this machine, else the reason in words, as `explain` prints it.
+    unsupported(dtype, head_dim): None where it takes such queries, else the reason in words.
     """
 
     name: str
@@ -162,3 +166,4 @@ class Implementation:
     backward: Backward
     block_sizes: Callable[[int, int, int, int], BlockSizes]
     unavailable: Callable[[], str | None]
+    unsupported: Callable[[jnp.dtype, int], str | None]

@@ -145,10 +145,18 @@ def rms_ratio(got: np.ndarray, want: np.ndarray) -> float:
     return float(error / size) if size else (0.0 if error == 0 else float("inf"))
 
 
-def assert_close(got: list[np.ndarray], want: list[np.ndarray], *, ratio: float, each: float) -> None:
-    """Every tensor within an RMS ratio, and 100% of its elements within `each` of the truth's largest value."""
+def assert_close(
+    got: list[np.ndarray], want: list[np.ndarray], *, ratio: float, each: float, zero: float = 0.0
+) -> None:
+    """Every tensor within an RMS ratio, and 100% of its elements within `each` of the truth's largest value.
+
+    zero: what may stand where the truth of a whole tensor is 0.
+    """
     for name, left, right in zip(NAMES, got, want, strict=False):
         assert left.shape == right.shape, f"{name}: {left.shape} for {right.shape}"
+        if not right.any():
+            assert np.abs(left).max() <= zero, f"{name}: {np.abs(left).max():.2e} where the truth is 0"
+            continue
         assert rms_ratio(left, right) <= ratio, f"{name}: RMS ratio {rms_ratio(left, right):.2e} > {ratio:.0e}"
         error = np.abs(np.asarray(left, np.float64) - right)
         bound = each * max(np.abs(right).max(), 1e-30)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 AttentionKind = Literal["dma", "mha", "swa"]
+GateActivation = Literal["exp", "linear"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,9 @@ class DogeConfig:
     window: keys a query sees (`dma`, `swa`); an int, or one per kv head.
     num_experts: 0 for a dense SwiGLU MLP; otherwise a square number of single-neuron experts (CDMoE) is added.
     dtype: compute dtype; parameters stay in param_dtype.
+    remat: keep only the residual stream of each layer for the backward pass, and compute the rest again.
+
+    Raises: ValueError on a field that cannot work, naming it, its value and what would do.
     """
 
     vocab_size: int = 256
@@ -27,7 +32,7 @@ class DogeConfig:
     head_dim: int = 128
     attention: AttentionKind = "dma"
     window: int | tuple[int, ...] = 1024
-    gate_activation: Literal["exp", "linear"] = "exp"
+    gate_activation: GateActivation = "exp"
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
@@ -38,3 +43,80 @@ class DogeConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, list):
+            object.__setattr__(self, "window", tuple(self.window))
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+        ):
+            _at_least(name, getattr(self, name), 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got num_heads={self.num_heads}, "
+                f"num_kv_heads={self.num_kv_heads}"
+            )
+        _at_least("head_dim", self.head_dim, 2)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        for name, kinds in (("attention", AttentionKind), ("gate_activation", GateActivation)):
+            _one_of(name, getattr(self, name), get_args(kinds))
+        _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
+        windows = (self.window,) if isinstance(self.window, int) else self.window
+        if not isinstance(self.window, int) and len(windows) != self.num_kv_heads:
+            raise ValueError(
+                f"window must be an int or one per kv head: expected {self.num_kv_heads} values, got {self.window}"
+            )
+        for window in windows:
+            _at_least("window", window, 1)
+        self._check_experts()
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not self.balance_loss_weight >= 0:
+            raise ValueError(f"balance_loss_weight must be >= 0, got {self.balance_loss_weight}")
+
+    def _check_experts(self) -> None:
+        _at_least("num_experts", self.num_experts, 0)
+        if self.num_experts == 0:
+            return
+        side = math.isqrt(self.num_experts)
+        if side * side != self.num_experts:
+            raise ValueError(
+                f"num_experts must be 0 or a square number, got {self.num_experts}: use {side**2} or {(side + 1) ** 2}"
+            )
+        if not 1 <= self.num_experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token must be in 1 … num_experts={self.num_experts}, got {self.num_experts_per_token}"
+            )
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Parameters of the model; without `embeddings` the token embedding and unembedding are left out."""
+        hidden, kv_heads, head_dim = self.hidden_size, self.num_kv_heads, self.head_dim
+        layer = 2 * hidden * head_dim * (self.num_heads + kv_heads)  # query, out; key, value
+        layer += 2 * head_dim + 4 * hidden  # query and key norms; two norms and two residual scales
+        layer += 3 * hidden * self.intermediate_size
+        if self.attention == "dma":
+            layer += kv_heads + kv_heads * kv_heads * head_dim  # A and Δ
+        if self.num_experts:
+            layer += 2 * hidden * math.isqrt(self.num_experts) + 2 * hidden * self.num_experts
+        tables = self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + hidden + (tables if embeddings else 0)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

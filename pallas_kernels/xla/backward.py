@@ -43,23 +43,17 @@ def backward(
     count = inputs[0].shape[1] // size
 
     def query_tile(number):
-        """The epoch's query, dout [B, t, K, G, D], and shift, 1/total, Σ dout·out [B, K, G, t].
-
-        A non-finite query row poisons the weights of the keys it sees through its shift, and is itself set to 0: in
-        the products over queries it would reach every key of the block.
-        """
+        """The epoch's query, dout [B, t, K, G, D], and shift, 1/total, Σ dout·out [B, K, G, t, 1]."""
         q, o, do, shift, total = (
             jax.lax.dynamic_slice_in_dim(array, number * size, size, axis=1).reshape(
                 batch, size, kv_heads, group, *array.shape[3:]
             )
             for array in inputs
         )
-        finite = jnp.isfinite(q).all(-1) & jnp.isfinite(do).all(-1) & jnp.isfinite(total)
         delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1)
         inverse = 1 / jnp.where(total == 0, 1, total)
-        rows = (jnp.where(finite, shift, jnp.nan), inverse, delta)
-        shift, inverse, delta = (jnp.moveaxis(array, 1, 3)[..., None] for array in rows)
-        return *(jnp.where(finite[..., None], array, 0) for array in (q, do)), shift, inverse, delta
+        shift, inverse, delta = (jnp.moveaxis(array, 1, 3)[..., None] for array in (shift, inverse, delta))
+        return q, do, shift, inverse, delta
 
     def epoch_step(carry, number):
         dquery, slots, gradients = carry

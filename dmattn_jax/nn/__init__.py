@@ -1,0 +1,19 @@
+"""Flax NNX layers: dynamic-mask attention, the attentions it is compared with, norms, MLPs."""
+
+from dmattn_jax.nn.attention import DynamicMaskAttention, MultiHeadAttention, SlidingWindowAttention
+from dmattn_jax.nn.gate import DynamicMaskGate
+from dmattn_jax.nn.mlp import SwiGLU
+from dmattn_jax.nn.moe import CDMoE
+from dmattn_jax.nn.norms import RMSNorm
+from dmattn_jax.nn.rope import apply_rope
+
+__all__ = [
+    "CDMoE",
+    "DynamicMaskAttention",
+    "DynamicMaskGate",
+    "MultiHeadAttention",
+    "RMSNorm",
+    "SlidingWindowAttention",
+    "SwiGLU",
+    "apply_rope",
+]

@@ -1,0 +1,140 @@
+"""Attention as the layers call it: on the active device mesh, and against a decoding cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dmattn_jax.attention import causal_attention, dynamic_mask_attention
+from dmattn_jax.cache import DenseCache, WindowCache
+from dmattn_jax.partitioning import axis_size, map_over_mesh
+
+QUERY = ("batch", None, "heads", None)
+KEY = ("batch", None, "kv_heads", None)
+GATE = ("batch", None, "kv_heads")
+SEGMENTS = ("batch", None)
+
+
+def attend(
+    function: Callable[..., jax.Array],
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    gate: Float[Array, "B S K"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    windows: Sequence[int] | None = None,
+) -> Float[Array, "B T H D"]:
+    """`function(query, key, value[, gate], segment_ids=[, window=])` over batch and heads of the active mesh.
+
+    Raises: ValueError when the mesh's tensor axis does not divide the kv heads.
+    """
+    shards = axis_size("kv_heads")
+    heads = key.shape[2]
+    if heads % shards:
+        raise ValueError(
+            f"num_kv_heads must be a multiple of the mesh's tensor axis, got {heads} kv heads on {shards} devices: "
+            "use a smaller tensor axis or more kv heads"
+        )
+    arrays = [query, key, value]
+    names: list[tuple[str | None, ...]] = [QUERY, KEY, KEY]
+    if gate is not None:
+        arrays, names = [*arrays, gate], [*names, GATE]
+    if segment_ids is not None:
+        arrays, names = [*arrays, segment_ids], [*names, SEGMENTS]
+
+    def local(*parts: jax.Array) -> jax.Array:
+        documents = parts[-1] if segment_ids is not None else None
+        inputs = parts[: 3 + (gate is not None)]
+        if windows is None:
+            return function(*inputs, segment_ids=documents)
+        own = [tuple(windows[start : start + heads // shards]) for start in range(0, heads, heads // shards)]
+
+        def with_window(window: tuple[int, ...]) -> Callable[[], jax.Array]:
+            return lambda: function(*inputs, window=window, segment_ids=documents)
+
+        if len(set(own)) == 1:
+            return with_window(own[0])()
+        # Windows are static, so each device picks the program of its own heads.
+        return jax.lax.switch(jax.lax.axis_index("tensor"), [with_window(window) for window in own])
+
+    return map_over_mesh(local, arrays, names, QUERY)
+
+
+def attend_window_cache(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K D"],
+    gate: Float[Array, "B T K"],
+    token: Bool[Array, "B T"],
+    cache: WindowCache,
+) -> tuple[Float[Array, "B T H D"], WindowCache]:
+    """Attention of a chunk to the cache and itself, and the cache after it; padding rows give 0.
+
+    One token attends to the slots directly: they hold what it sees, whatever the context length. A chunk runs
+    dynamic-mask attention over [cache in order of position, chunk]; of a prefix only its top w can matter.
+    """
+    if query.shape[1] == 1:
+        after = cache.append_one(key, value, gate, token)
+        visible = (after.position != -1) & token[:, :, None]
+        return _attend_slots(query, after.keys, after.values, after.gate, visible), after
+    union = cache.joined(key, value, gate, token)
+    slots = cache.keys.shape[2]
+    documents = jnp.concatenate([jnp.ones((token.shape[0], slots), jnp.int32), token.astype(jnp.int32)], axis=1)
+    keys, values = jnp.moveaxis(union.keys, 1, 2), jnp.moveaxis(union.values, 1, 2)
+    out = attend(
+        dynamic_mask_attention,
+        query,
+        keys.astype(query.dtype),
+        values.astype(query.dtype),
+        jnp.moveaxis(union.gate, 1, 2),
+        segment_ids=documents,
+        windows=cache.windows,
+    )
+    return out, cache.append(key, value, gate, token)
+
+
+def attend_dense_cache(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K D"],
+    token: Bool[Array, "B T"],
+    cache: DenseCache,
+) -> tuple[Float[Array, "B T H D"], DenseCache]:
+    """Dense causal attention of a chunk to the cache and itself, and the cache after it; padding rows give 0."""
+    after = cache.append(key, value, token)
+    if query.shape[1] == 1:
+        keys, values = jnp.moveaxis(after.keys, 1, 2), jnp.moveaxis(after.values, 1, 2)
+        visible = (after.filled & token)[:, None, :]
+        bias = jnp.zeros((1, 1, 1), jnp.float32)
+        return _attend_slots(query, keys, values, bias, visible), after
+    documents = jnp.concatenate([cache.filled, token], axis=1).astype(jnp.int32)
+    keys = jnp.concatenate([cache.keys.astype(key.dtype), key], axis=1)
+    values = jnp.concatenate([cache.values.astype(value.dtype), value], axis=1)
+    return attend(causal_attention, query, keys, values, segment_ids=documents), after
+
+
+def _attend_slots(
+    query: Float[Array, "B 1 H D"],
+    keys: Float[Array, "B K W D"],
+    values: Float[Array, "B K W D"],
+    bias: Float[Array, "#B #K #W"],
+    visible: Bool[Array, "#B #K W"],
+) -> Float[Array, "B 1 H D"]:
+    """One query a row over unordered slots; bias and visible broadcast to [B, K, W]."""
+    batch, _, heads, head_dim = query.shape
+    grouped = query.reshape(batch, keys.shape[1], -1, head_dim)
+    logits = jnp.einsum("bkgd,bkwd->bkgw", grouped, keys.astype(query.dtype), preferred_element_type=jnp.float32)
+    shown = visible[:, :, None, :]
+    logits = jnp.where(shown, logits * head_dim**-0.5 + bias[:, :, None, :], -jnp.inf)
+    some = shown.any(axis=-1, keepdims=True)
+    weights = jnp.where(shown, jax.nn.softmax(jnp.where(some, logits, 0), axis=-1), 0)
+    out = jnp.einsum(
+        "bkgw,bkwd->bkgd",
+        weights.astype(query.dtype),
+        values.astype(query.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(batch, 1, heads, head_dim).astype(query.dtype)

@@ -1,0 +1,138 @@
+"""Sums without rounding, and so without an order.
+
+A floating-point sum depends on its order, and compilers and libraries choose another order for another number of
+rows. Dynamic-mask attention ranks keys by a gate, and ranks are discrete: equal tokens have equal gates, of which
+the later must win, and one differing last bit between prefill and decoding would pick another key. So what the gate
+is computed from is summed here as integers, which gives the same bits for any batch, length, backend and mesh.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+COARSE = 2.0**8
+"""Steps a unit of the coarser of the two integers of `exact_sum`."""
+
+SLICE_BITS = 8
+"""Bits of a slice of `exact_projection`: integers of at most 2^7, which even bfloat16 products multiply exactly."""
+
+SLICES = 3
+EXACT_TERMS = 2 ** (24 - 2 * (SLICE_BITS - 1))
+"""Products of two slices that float32 adds without rounding, whatever the order."""
+
+
+def exact_sum(terms: Float[Array, "*n C"]) -> Float[Array, "*n"]:
+    """The sum over the last axis, float32: the same bits in any order.
+
+    Each term is split into two integers (steps of 2^−8, and of at most C·2^−38 of the rest), which are summed. A
+    term beyond ±2^22/C counts as that; one that is not finite makes the sum NaN. Not differentiable.
+    """
+    count = terms.shape[-1]
+    finite = jnp.isfinite(terms)
+    limit = 2.0**30 / count
+    scaled = jnp.clip(jnp.where(finite, terms, 0) * COARSE, -limit, limit)
+    whole = jnp.round(scaled)
+    fine = 2.0 ** (31 - count.bit_length())
+    rest = jnp.round((scaled - whole) * fine)
+    # One reduction of three operands: compilers fuse it with what makes the terms, which need no array then.
+    coarse_sum, fine_sum, all_finite = jax.lax.reduce(
+        (whole.astype(jnp.int32), rest.astype(jnp.int32), finite),
+        (jnp.int32(0), jnp.int32(0), jnp.bool_(True)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] & b[2]),
+        (terms.ndim - 1,),
+    )
+    total = coarse_sum.astype(jnp.float32) / COARSE + fine_sum.astype(jnp.float32) / (COARSE * fine)
+    return jnp.where(all_finite, total, jnp.nan)
+
+
+@jax.custom_vjp
+def exact_row_products(rows: Float[Array, "B S C"], weight: Float[Array, "K C"]) -> Float[Array, "B S K"]:
+    """rows · weightᵀ in float32 by `exact_sum`; for few output columns K."""
+    return exact_sum(rows.astype(jnp.float32)[:, :, None, :] * weight)
+
+
+def _row_products_forward(rows, weight):
+    return exact_row_products(rows, weight), (rows, weight)
+
+
+def _row_products_backward(saved, cotangent):
+    # Gradients choose nothing: matrix products, and no [B, S, K, C] array.
+    rows, weight = saved
+    highest = jax.lax.Precision.HIGHEST
+    d_rows = jnp.einsum("bsk,kc->bsc", cotangent, weight, precision=highest).astype(rows.dtype)
+    d_weight = jnp.einsum("bsk,bsc->kc", cotangent, rows.astype(jnp.float32), precision=highest)
+    return d_rows, d_weight
+
+
+exact_row_products.defvjp(_row_products_forward, _row_products_backward)
+
+
+@jax.custom_vjp
+def exact_mean_square(x: Float[Array, "*n C"]) -> Float[Array, "*n 1"]:
+    """mean(x²) over the last axis, float32, by `exact_sum` of squares scaled into 0 … 1."""
+    scale = _power_of_two_above(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    return (exact_sum(jnp.square(x / scale)) / x.shape[-1])[..., None] * scale * scale
+
+
+exact_mean_square.defvjp(lambda x: (exact_mean_square(x), x), lambda x, cotangent: (2 / x.shape[-1] * x * cotangent,))
+
+
+@jax.custom_vjp
+def exact_projection(x: Float[Array, "B T M"], weight: Float[Array, "M K D"]) -> Float[Array, "B T K D"]:
+    """x · weight, where the bits of a row do not depend on the other rows; rounded once to x's dtype.
+
+    Both are cut into slices of small integers, scaled by the row's and the column's greatest element; the products
+    of slices are ordinary matrix products that float32 holds exactly. The error is that of 22-bit operands: below
+    float32's own for long sums. Six small products in place of one, so under differentiation (training, where no
+    second pass must agree) the ordinary product is used.
+    """
+    shape = weight.shape
+    columns = weight.reshape(shape[0], -1)
+    x_slices, x_scale = _slices(x.astype(jnp.float32), axis=-1)
+    w_slices, w_scale = _slices(columns.astype(jnp.float32), axis=0)
+    total = jnp.zeros((*x.shape[:2], columns.shape[1]), jnp.float32)
+    # From the smallest to the greatest, in this order everywhere.
+    pairs = [pair for pair in itertools.product(range(SLICES), repeat=2) if sum(pair) < SLICES]
+    for i, j in sorted(pairs, key=sum, reverse=True):
+        for start in range(0, shape[0], EXACT_TERMS):
+            part = slice(start, start + EXACT_TERMS)
+            product = jnp.einsum(
+                "btm,mc->btc", x_slices[i][..., part], w_slices[j][part], preferred_element_type=jnp.float32
+            )
+            # Scaling by a power of two is exact: no fused multiply-add can round otherwise.
+            total = total + product * 2.0 ** (-SLICE_BITS * (i + j))
+    scaled = total * x_scale * w_scale
+    return scaled.astype(x.dtype).reshape(*x.shape[:2], *shape[1:])
+
+
+def _projection_forward(x, weight):
+    return jnp.einsum("btm,mkd->btkd", x, weight), (x, weight)
+
+
+def _projection_backward(saved, cotangent):
+    x, weight = saved
+    return jnp.einsum("btkd,mkd->btm", cotangent, weight), jnp.einsum("btm,btkd->mkd", x, cotangent)
+
+
+exact_projection.defvjp(_projection_forward, _projection_backward)
+
+
+def _slices(x: jax.Array, axis: int) -> tuple[list[jax.Array], jax.Array]:
+    """x ≈ scale · Σ_i slice_i · 2^(−8i): integers of at most 2^7, and a power of two per row along the axis."""
+    scale = _power_of_two_above(jnp.max(jnp.abs(x), axis=axis, keepdims=True)) * 2.0 ** (1 - SLICE_BITS)
+    rest, slices = x / scale, []
+    for _ in range(SLICES):
+        slices.append(jnp.round(rest))
+        rest = (rest - slices[-1]) * 2.0**SLICE_BITS
+    return slices, scale
+
+
+def _power_of_two_above(x: jax.Array) -> jax.Array:
+    """The power of two in (x, 2x], and for 0 one; infinities and NaN stay, and so reach the result."""
+    exponent = jnp.frexp(x)[1]
+    power = jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent, -100, 100))
+    return jnp.where(jnp.isfinite(x), power, x)

@@ -1,0 +1,37 @@
+"""The gated feed-forward layer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dmattn_jax.partitioning import normal, parameter
+
+
+class SwiGLU(nnx.Module):
+    """(SiLU(x W_gate) ⊙ x W_up) W_down, without biases; computes in `dtype`, parameters in `param_dtype`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        init_std: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        wide = (hidden_size, intermediate_size)
+        self.gate_projection = parameter(normal(rngs, wide, init_std, param_dtype), ("embed", "mlp"))
+        self.up_projection = parameter(normal(rngs, wide, init_std, param_dtype), ("embed", "mlp"))
+        self.down_projection = parameter(normal(rngs, wide[::-1], init_std, param_dtype), ("mlp", "embed"))
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
+        x = x.astype(self.dtype)
+        gate = x @ self.gate_projection[...].astype(self.dtype)
+        up = x @ self.up_projection[...].astype(self.dtype)
+        return (jax.nn.silu(gate) * up) @ self.down_projection[...].astype(self.dtype)

@@ -1,0 +1,16 @@
+"""Mosaic GPU implementation for Hopper: TMA, warpgroup matrix products, warp specialisation."""
+
+from pallas_kernels.contract import Implementation
+from pallas_kernels.gpu.config import block_sizes, unavailable, unsupported
+from pallas_kernels.gpu.passes import backward, forward
+
+MOSAIC_GPU = Implementation(
+    name="mosaic_gpu",
+    forward=forward,
+    backward=backward,
+    block_sizes=block_sizes,
+    unavailable=unavailable,
+    unsupported=unsupported,
+)
+
+__all__ = ["MOSAIC_GPU"]

@@ -1,0 +1,161 @@
+"""dq on Hopper: the forward's walk once more, with the weights recomputed from the normalizer.
+
+Per tile: weights P = exp2(S − shift)/total, dP = dO·Vᵀ, dS = P ∘ (dP − Σ dO·O), dQ += dS·K.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.gpu.config import HopperBlockSizes
+from pallas_kernels.gpu.forward import load_vector
+from pallas_kernels.gpu.tiles import LOG2E, Rows
+
+
+def query_gradient(
+    query: Float[Array, "B T H D"],
+    dout: Float[Array, "B T H D"],
+    stats: Float[Array, "B H 3 T"],
+    rows: Rows,
+    runs: Int32[Array, "B K 4 tiles"],
+    *,
+    scale: float,
+    sizes: HopperBlockSizes,
+) -> Float[Array, "B T H D"]:
+    """dq; stats: the softmax's shift in base 2, 1/total, and Σ dout·out of every query."""
+    batch, queries, heads, dim = query.shape
+    group = heads // rows.key.shape[2]
+    block_q, block_k, stages = sizes.block_q, sizes.block_k, sizes.stages
+    half = block_q // 2
+    dtype = query.dtype
+    tiles_per_epoch = rows.epoch_size // block_q
+    factor = scale * LOG2E
+
+    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, scratch):
+        (q_smem, do_smem, stats_smem, k_smem, v_smem, meta_smem), barriers = scratch
+        own, k_full, v_full, meta_full, k_free, v_free, meta_free = barriers
+        head, tile, item = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("batch")
+        thread = lax.axis_index("thread")
+        kv_head = lax.div(head, jnp.int32(group))
+        base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
+        whole, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(4))
+
+        @pl.when(thread < 2)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+            first = tile * block_q + thread * half
+            q_tile, do_tile = q_smem.at[thread], do_smem.at[thread]
+            plgpu.copy_gmem_to_smem(q_ref.at[item, pl.ds(first, half), head], q_tile, own.at[thread])
+            plgpu.copy_gmem_to_smem(do_ref.at[item, pl.ds(first, half), head], do_tile, own.at[2 + thread])
+            plgpu.copy_gmem_to_smem(
+                stats_ref.at[item, head, :, pl.ds(first, half)], stats_smem.at[thread], own.at[4 + thread]
+            )
+            for n in range(3):
+                plgpu.barrier_wait(own.at[2 * n + thread])
+            by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+            shift, inverse, delta = (load_vector(stats_smem.at[thread, n], by_row) for n in range(3))
+            within = lax.rem(tile, jnp.int32(tiles_per_epoch)) * block_q + thread * half
+            dquery = plgpu.layout_cast(jnp.full((half, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
+
+            def step(number, dquery, masked):
+                slot = lax.rem(number, jnp.int32(stages))
+                plgpu.barrier_wait(k_full.at[slot])
+
+                def multiply(left, right):
+                    def run(acc):
+                        plgpu.wgmma(acc, left, plgpu.transpose_ref(right, (1, 0)))
+                        return acc[...]
+
+                    return pl.run_scoped(run, plgpu.ACC((half, block_k), jnp.float32))
+
+                scores = multiply(q_tile, k_smem.at[slot])
+                shape = scores.shape
+                plgpu.barrier_wait(meta_full.at[slot])
+                bias = load_vector(meta_smem.at[slot, 0], by_column)
+                scores = scores * factor + lax.broadcast_in_dim(bias, shape, [1])
+                scores = scores - lax.broadcast_in_dim(shift, shape, [0])
+                if masked:
+                    start, end = (load_vector(meta_smem.at[slot, n], by_column) for n in (1, 2))
+                    position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                    position = (position + within).astype(jnp.float32)
+                    sees = (lax.broadcast_in_dim(start, shape, [1]) <= position) & (
+                        position < lax.broadcast_in_dim(end, shape, [1])
+                    )
+                    scores = jnp.where(sees, scores, -jnp.inf)
+                plgpu.barrier_arrive(meta_free.at[slot])
+                weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [0])
+                plgpu.barrier_wait(v_full.at[slot])
+                dweights = multiply(do_tile, v_smem.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+                dscores = (weights * (dweights - lax.broadcast_in_dim(delta, shape, [0]))).astype(dtype)
+
+                def add(acc):
+                    plgpu.wgmma(acc, dscores, k_smem.at[slot])
+
+                dquery = pl.run_state(add)(plgpu.ACC.init(dquery))
+                plgpu.barrier_arrive(k_free.at[slot])
+                return dquery
+
+            dquery = lax.fori_loop(0, whole, lambda n, c: step(n, c, False), dquery)
+            dquery = lax.fori_loop(whole, count, lambda n, c: step(n, c, True), dquery)
+            q_tile[...] = (dquery * scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[item, pl.ds(first, half), head])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(thread == 2)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, count)
+            def _(number):
+                slot = lax.rem(number, jnp.int32(stages))
+                at = pl.ds(base + jnp.where(number < carried, number, number + skipped) * block_k, block_k)
+                sources = (
+                    (k_ref.at[item, at, kv_head], k_smem, k_full, k_free),
+                    (meta_ref.at[item, kv_head, :, at], meta_smem, meta_full, meta_free),
+                    (v_ref.at[item, at, kv_head], v_smem, v_full, v_free),
+                )
+                for source, target, ready, free in sources:
+
+                    @pl.when(number >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def entry(*refs):
+        pl.run_scoped(
+            lambda *scratch: body(*refs, scratch),
+            (
+                plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
+                plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
+                plgpu.SMEM((2, 3, half), jnp.float32),
+                plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),
+                plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),
+                plgpu.SMEM((stages, 3, block_k), jnp.float32),
+            ),
+            (
+                plgpu.Barrier(num_barriers=6),
+                *(plgpu.Barrier(num_barriers=stages) for _ in range(3)),
+                *(plgpu.Barrier(num_arrivals=2, num_barriers=stages) for _ in range(3)),
+            ),
+            collective_axes="thread",
+        )
+
+    return plgpu.kernel(
+        entry,
+        out_type=jax.ShapeDtypeStruct(query.shape, dtype),
+        grid=(heads, queries // block_q, batch),
+        grid_names=("head", "tile", "batch"),
+        num_threads=3,
+        thread_name="thread",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(query, dout, stats, rows.key, rows.value, rows.meta, runs)

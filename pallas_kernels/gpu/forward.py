@@ -1,0 +1,207 @@
+"""Forward pass on Hopper: a producer warpgroup streams key tiles by TMA, two consumer warpgroups attend.
+
+A program takes one query head and `block_q` queries. What it visits are runs of key tiles (`tiles.query_runs`):
+those that every one of its queries sees whole, then those that need the interval compare. The two consumers take
+half of the queries each and alternate on the matrix unit: while one multiplies, the other does its softmax (the
+schedule of FlashAttention-3, arXiv 2407.08608).
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.gpu.config import HopperBlockSizes
+from pallas_kernels.gpu.tiles import LOG2E, Rows
+
+# Where nothing has been seen yet: finite, so that differences of it are 0 and not NaN.
+NOTHING = -1e30
+
+
+# Until JAX 0.11 `load` takes an index.
+_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+
+
+def load_vector(ref, layout):
+    """A vector of shared memory in a reduced matrix layout, each element to the threads that hold its column."""
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
+
+
+def attend(
+    query: Float[Array, "B T H D"],
+    rows: Rows,
+    runs: Int32[Array, "B K 4 tiles"],
+    *,
+    scale: float,
+    sizes: HopperBlockSizes,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"], Float[Array, "B H T"]]:
+    """out, and the softmax's shift (in base 2) and total. T is a multiple of block_q, D of 64."""
+    batch, queries, heads, dim = query.shape
+    group = heads // rows.key.shape[2]
+    block_q, block_k, stages = sizes.block_q, sizes.block_k, sizes.stages
+    half = block_q // 2
+    dtype = query.dtype
+    tiles_per_epoch = rows.epoch_size // block_q
+    factor = scale * LOG2E
+
+    def body(q_ref, k_ref, v_ref, meta_ref, runs_ref, out_ref, shift_ref, total_ref, scratch):
+        (q_smem, k_smem, v_smem, meta_smem, stat_smem), barriers = scratch
+        k_full, v_full, meta_full, q_full, k_free, v_free, meta_free, turn = barriers
+        head, tile, item = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("batch")
+        thread = lax.axis_index("thread")
+        kv_head = lax.div(head, jnp.int32(group))
+        base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
+        whole, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(4))
+
+        def slots_of(step):
+            return pl.ds(base + jnp.where(step < carried, step, step + skipped) * block_k, block_k)
+
+        @pl.when(thread < 2)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+            q_tile = q_smem.at[thread]
+            first = tile * block_q + thread * half
+            plgpu.copy_gmem_to_smem(q_ref.at[item, pl.ds(first, half), head], q_tile, q_full.at[thread])
+            plgpu.barrier_wait(q_full.at[thread])
+            by_row = plgpu.Layout.WGMMA.reduce(1)
+            by_column = plgpu.Layout.WGMMA.reduce(0)
+            shift = plgpu.layout_cast(jnp.full((half,), NOTHING, jnp.float32), by_row)
+            total = plgpu.layout_cast(jnp.full((half,), 0, jnp.float32), by_row)
+            weighted = plgpu.layout_cast(jnp.full((half, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
+            within = lax.rem(tile, jnp.int32(tiles_per_epoch)) * block_q + thread * half
+
+            def take_turn():
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
+            @pl.when(count > 0)
+            def _():
+                plgpu.barrier_wait(k_full.at[0])
+
+            pl.when(thread == 1)(take_turn)
+
+            def step(number, carry, masked):
+                weighted, shift, total = carry
+                slot = lax.rem(number, jnp.int32(stages))
+
+                def scores_of(acc):
+                    plgpu.wgmma(acc, q_tile, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+                    take_turn()
+                    return acc[...]
+
+                scores = pl.run_scoped(scores_of, plgpu.ACC((half, block_k), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                plgpu.barrier_wait(meta_full.at[slot])
+                bias = load_vector(meta_smem.at[slot, 0], by_column)
+                scores = scores * factor + lax.broadcast_in_dim(bias, scores.shape, [1])
+                if masked:
+                    start = load_vector(meta_smem.at[slot, 1], by_column)
+                    end = load_vector(meta_smem.at[slot, 2], by_column)
+                    position = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+                    position = (position + within).astype(jnp.float32)
+                    sees = (lax.broadcast_in_dim(start, scores.shape, [1]) <= position) & (
+                        position < lax.broadcast_in_dim(end, scores.shape, [1])
+                    )
+                    scores = jnp.where(sees, scores, -jnp.inf)
+                plgpu.barrier_arrive(meta_free.at[slot])
+                new = jnp.maximum(shift, scores.max(axis=1))
+                rescale = jnp.exp2(shift - new)
+                weights = jnp.exp2(scores - lax.broadcast_in_dim(new, scores.shape, [0]))
+                weighted = weighted * lax.broadcast_in_dim(rescale, weighted.shape, [0])
+                total = total * rescale + weights.sum(axis=1)
+                low = weights.astype(dtype)
+                weighted, total, new, low = lax.optimization_barrier((weighted, total, new, low))
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_wait(turn)
+
+                def add_values(acc):
+                    plgpu.wgmma(acc, low, v_smem.at[slot])
+                    following = number + 1
+
+                    @pl.when(following < count)
+                    def _():
+                        plgpu.barrier_wait(k_full.at[lax.rem(following, jnp.int32(stages))])
+
+                weighted = pl.run_state(add_values)(plgpu.ACC.init(weighted))
+                plgpu.barrier_arrive(v_free.at[slot])
+                return weighted, new, total
+
+            carry = (weighted, shift, total)
+            carry = lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
+            weighted, shift, total = lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
+            pl.when(thread == 0)(take_turn)
+
+            divisor = jnp.where(total == 0.0, 1.0, total)
+            weighted = weighted / lax.broadcast_in_dim(divisor, weighted.shape, [0])
+            q_tile[...] = weighted.astype(dtype)
+            stat_smem.at[thread, 0][...] = shift
+            stat_smem.at[thread, 1][...] = total
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[item, pl.ds(first, half), head])
+            plgpu.copy_smem_to_gmem(stat_smem.at[thread, 0], shift_ref.at[item, head, pl.ds(first, half)])
+            plgpu.copy_smem_to_gmem(stat_smem.at[thread, 1], total_ref.at[item, head, pl.ds(first, half)])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(thread == 2)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, count)
+            def _(number):
+                slot = lax.rem(number, jnp.int32(stages))
+                at = slots_of(number)
+                sources = (
+                    (k_ref.at[item, at, kv_head], k_smem, k_full, k_free),
+                    (meta_ref.at[item, kv_head, :, at], meta_smem, meta_full, meta_free),
+                    (v_ref.at[item, at, kv_head], v_smem, v_full, v_free),
+                )
+                for source, target, ready, free in sources:
+
+                    @pl.when(number >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def entry(*refs):
+        pl.run_scoped(
+            lambda *scratch: body(*refs, scratch),
+            (
+                plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
+                plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),
+                plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),
+                plgpu.SMEM((stages, 3, block_k), jnp.float32),
+                plgpu.SMEM((2, 2, half), jnp.float32),
+            ),
+            (
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_barriers=2),
+                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=2),
+            ),
+            collective_axes="thread",
+        )
+
+    stat = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+    return plgpu.kernel(
+        entry,
+        out_type=[jax.ShapeDtypeStruct(query.shape, dtype), stat, stat],
+        grid=(heads, queries // block_q, batch),
+        grid_names=("head", "tile", "batch"),
+        num_threads=3,
+        thread_name="thread",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(query, rows.key, rows.value, rows.meta, runs)

@@ -1,0 +1,150 @@
+"""What the kernels read: the rows of all lists gathered, their bias and interval, and which tiles meet which.
+
+All of it is XLA. Positions are float32 and relative to the first query of the row's epoch, so they are small in lists
+of any length, and exact to 2^24 in the identity layout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.contract import Intervals
+from pallas_kernels.gpu.config import HopperBlockSizes
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [B, R, K, D] of `epochs` lists of `capacity` slots, one after the other; R = epochs · capacity.
+
+    meta: bias in base 2, first position that sees the row, first that no longer does.
+    carried: slots of each list's first part, 0 in the identity layout, whose one list is all keys in order.
+    epoch_size: queries of a list; all of them in the identity layout.
+    """
+
+    key: Float[Array, "B R K D"]
+    value: Float[Array, "B R K D"]
+    meta: Float[Array, "B K 3 R"]
+    finite: Bool[Array, "B R K"]
+    epochs: int
+    capacity: int
+    carried: int
+    epoch_size: int
+
+    def tiled(self, which: int, size: int) -> Float[Array, "B K E tiles size"]:
+        """Row `which` of meta, by list and tile."""
+        part = self.meta[:, :, which]
+        return part.reshape(*part.shape[:2], self.epochs, self.capacity // size, size)
+
+
+def padded_length(queries: int, sizes: HopperBlockSizes) -> int:
+    """Queries rounded up to whole tiles."""
+    return -(-queries // sizes.block_q) * sizes.block_q
+
+
+def gather_rows(
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    bias: Float[Array, "B S K"],
+    intervals: Intervals,
+    *,
+    queries: int,
+    sizes: HopperBlockSizes,
+) -> Rows:
+    """The rows of every epoch's list, or all keys once in the identity layout."""
+    batch, length, kv_heads, _ = key.shape
+    lists = intervals.lists
+    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    bias = jnp.where(finite, bias * LOG2E, jnp.nan)
+    if lists is None:
+        missing = -length % sizes.block_k
+        index = jnp.broadcast_to(jnp.arange(length + missing, dtype=jnp.int32), (batch, kv_heads, length + missing))
+        epochs, capacity, carried, epoch_size = 1, length + missing, 0, padded_length(queries, sizes)
+
+        def rows(array):
+            return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2))
+
+    else:
+        epochs, capacity = lists.index.shape[2:]
+        carried, epoch_size = lists.carried, lists.epoch_size
+        index = lists.index.reshape(batch, kv_heads, epochs * capacity)
+        by_row = jnp.moveaxis(index, 1, 2)
+        item = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+        head = jnp.arange(kv_heads, dtype=jnp.int32)
+
+        def rows(array):
+            return array.at[item, by_row, head].get(mode="fill", fill_value=0)
+
+    filled = index < length
+    slot = jnp.minimum(index, length - 1)
+    first = jnp.repeat(length - queries + jnp.arange(epochs, dtype=jnp.int32) * epoch_size, capacity)
+
+    def relative(array, empty):
+        there = jnp.take_along_axis(array, slot, axis=-1) - first
+        return jnp.where(filled, jnp.clip(there, -1, epoch_size + 1), empty).astype(jnp.float32)
+
+    bias = jnp.where(filled, jnp.moveaxis(rows(bias), 1, 2), 0)
+    meta = jnp.stack([bias, relative(intervals.start, epoch_size + 1), relative(intervals.end, -1)], axis=2)
+    whole = rows(finite)
+    key, value = (jnp.where(whole[..., None], rows(array), 0) for array in (key, value))
+    return Rows(key, value, meta, whole, epochs, capacity, carried, epoch_size)
+
+
+def query_runs(rows: Rows, queries: int, sizes: HopperBlockSizes) -> Int32[Array, "B K 4 tiles"]:
+    """Which key tiles each tile of queries visits, as four numbers: tiles that all its queries see whole (visited
+    first), tiles visited of the list's first part, tiles skipped after those, tiles visited in all.
+
+    Keys carried into an epoch stand in order of falling expiry and entering ones in order of position, so both
+    parts are visited from their first tile on. The identity layout has one part, which may begin late (packed
+    documents) and counts whole tiles only from the row's very start.
+    """
+    tiles = padded_length(queries, sizes) // sizes.block_q
+    first = jnp.arange(rows.epoch_size // sizes.block_q, dtype=jnp.float32) * sizes.block_q
+    last = first + sizes.block_q - 1
+    start, end = rows.tiled(1, sizes.block_k), rows.tiled(2, sizes.block_k)
+    earliest_start, latest_start, earliest_end, latest_end = start.min(-1), start.max(-1), end.min(-1), end.max(-1)
+
+    def count(bounds, limit, side):
+        """How many of ascending bounds [B, K, E, tiles] lie below each limit; at it, too, for side "right"."""
+        flat = bounds.reshape(-1, bounds.shape[-1])
+        found = jax.vmap(lambda row: jnp.searchsorted(row, limit, side=side))(flat)
+        return found.reshape(*bounds.shape[:-1], -1).astype(jnp.int32)
+
+    split = rows.carried // sizes.block_k
+    if split:
+        falling_latest, falling_earliest = (-array[..., :split] for array in (latest_end, earliest_end))
+        whole = count(falling_earliest, -last, "left")
+        carried = count(falling_latest, -first, "left")
+        skipped = split - carried
+        entering = count(jax.lax.cummin(earliest_start[..., split:], axis=3, reverse=True), last, "right")
+        visited = carried + entering
+    else:
+        skipped = count(jax.lax.cummax(latest_end, axis=3), first, "right")
+        until = count(jax.lax.cummin(earliest_start, axis=3, reverse=True), last, "right")
+        visited = jnp.maximum(until - skipped, 0)
+        carried = jnp.zeros_like(visited)
+        begun = count(jax.lax.cummax(latest_start, axis=3), first, "right")
+        outlives = count(-jax.lax.cummin(earliest_end, axis=3), -last, "left")
+        whole = jnp.where(skipped == 0, jnp.minimum(jnp.minimum(begun, outlives), visited), 0)
+    runs = jnp.stack([whole, carried, skipped, visited], axis=2)
+    return runs.reshape(*runs.shape[:3], -1)[..., :tiles]
+
+
+def key_walks(rows: Rows, sizes: HopperBlockSizes) -> Int32[Array, "B K 4 tiles"]:
+    """Which query tiles of its epoch each tile of keys visits: the first, how many before those that see it whole,
+    how many see it whole, how many in all."""
+    size = sizes.key_block_q
+    start, end = rows.tiled(1, sizes.block_k), rows.tiled(2, sizes.block_k)
+    start, end = jnp.maximum(start, 0), jnp.clip(end, 0, rows.epoch_size)
+    first, until = jnp.floor(start.min(-1) / size), jnp.ceil(end.max(-1) / size)
+    visited = jnp.maximum(until - first, 0)
+    begun, outlives = jnp.ceil(start.max(-1) / size), jnp.floor(end.min(-1) / size)
+    whole = jnp.maximum(outlives - begun, 0)
+    walks = jnp.stack([first, begun - first, whole, visited], axis=2).astype(jnp.int32)
+    return walks.reshape(*walks.shape[:3], -1)

@@ -1,0 +1,176 @@
+"""Generation: the same tokens as the whole forward, alone or in a batch, and clear refusals."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dmattn_jax import generation
+from dmattn_jax.generation import generate, generate_stream, kept_tokens
+from dmattn_jax.models import DogeConfig, DogeForCausalLM
+
+V = 61
+PROMPTS = [[3, 1, 4, 15, 9, 2, 6], [5], [58, 7, 13, 20, 31, 17, 23, 29, 37, 41, 43]]
+LONG = [47, 53, 59, 11, 19, 0, 8, 3, 3, 5, 47, 53, 3, 1, 9, 9, 60, 0, 4]
+
+
+def make(attention="dma", **changes) -> DogeForCausalLM:
+    config = DogeConfig(
+        vocab_size=V,
+        hidden_size=22,
+        intermediate_size=37,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=10,
+        window=(5, 7),
+        attention=attention,
+        dtype="float32",
+        init_std=0.5,
+        tie_embeddings=False,
+        **changes,
+    )
+    model = DogeForCausalLM(config, rngs=nnx.Rngs(1))
+    if attention == "dma":
+        model.blocks.attention.gate.A[...] = jnp.asarray([[0.9, -0.6], [-0.5, 1.1]])
+    return model
+
+
+MODEL = make()
+
+
+@nnx.jit
+def logits_of(model, tokens, segment_ids):
+    return model(tokens, segment_ids)
+
+
+@pytest.mark.parametrize(("attention", "experts"), [("dma", 9), ("swa", 0), ("mha", 0)])
+def test_greedy_is_the_argmax_of_the_whole_forward(attention, experts):
+    model = make(attention, num_experts=experts, num_experts_per_token=3)
+    for prompt, new in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=13), strict=True):
+        assert len(new) == 13
+        row = np.zeros((1, 31), np.int32)
+        row[0, : len(prompt) + 13] = prompt + new
+        logits = np.asarray(logits_of(model, row, (np.arange(31) < len(prompt) + 13).astype(np.int32)[None]))[0]
+        for step, token in enumerate(new):
+            here = logits[len(prompt) - 1 + step]
+            # The best, or within rounding of it.
+            assert here[token] > here.max() - 1e-4 * np.abs(here).max()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_first_row_is_the_same_alone_and_in_a_batch(temperature):
+    options = {"max_new_tokens": 11, "temperature": temperature, "seed": 4}
+    prompts = [*PROMPTS[:2], LONG]
+    batch = generate(MODEL, prompts, **options)
+    assert generate(MODEL, prompts[:1], **options) == batch[:1]
+    if temperature == 0:
+        assert [generate(MODEL, [prompt], **options)[0] for prompt in prompts] == batch
+
+
+def test_seed_fixes_the_draw():
+    options = {"max_new_tokens": 11, "temperature": 2.0}
+    first = generate(MODEL, PROMPTS, seed=1, **options)
+    assert generate(MODEL, PROMPTS, seed=1, **options) == first
+    assert generate(MODEL, PROMPTS, seed=2, **options) != first
+    twins = generate(MODEL, [PROMPTS[0]] * 3, seed=1, **options)
+    assert len({tuple(row) for row in twins}) == 3, "rows draw independently"
+
+
+def test_shorter_generation_is_a_prefix():
+    long = generate(MODEL, PROMPTS, max_new_tokens=13, temperature=1.0)
+    assert generate(MODEL, PROMPTS, max_new_tokens=3, temperature=1.0) == [row[:3] for row in long]
+
+
+def test_stop_tokens_end_their_row_alone():
+    free = generate(MODEL, PROMPTS, max_new_tokens=11, temperature=1.5)
+    stop = free[0][4]
+    stopped = generate(MODEL, PROMPTS, max_new_tokens=11, temperature=1.5, stop_tokens=[V - 1, stop, V - 2])
+    for full, row in zip(free, stopped, strict=True):
+        ends = [i for i, token in enumerate(full) if token in (V - 1, stop, V - 2)]
+        assert row == full[: ends[0] if ends else None]
+    assert len(stopped[0]) <= 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_stream_yields_what_generate_returns(temperature):
+    options = {"max_new_tokens": 9, "temperature": temperature, "top_k": 20, "top_p": 0.9, "seed": 3}
+    expected = generate(MODEL, PROMPTS[:1], **options)[0]
+    assert list(generate_stream(MODEL, PROMPTS[0], **options)) == expected
+    cut = expected.index(expected[5])
+    assert list(generate_stream(MODEL, PROMPTS[0], stop_tokens=[expected[5]], **options)) == expected[:cut]
+
+
+def test_top_k_one_and_tiny_top_p_are_greedy():
+    greedy = generate(MODEL, PROMPTS, max_new_tokens=7)
+    assert generate(MODEL, PROMPTS, max_new_tokens=7, temperature=5.0, top_k=1) == greedy
+    assert generate(MODEL, PROMPTS, max_new_tokens=7, temperature=1.0, top_p=1e-6) == greedy
+
+
+def test_top_k_and_top_p_keep_the_documented_sets():
+    probability = np.array([[0.4, 0.3, 0.2, 0.06, 0.04]])
+    logits = jnp.log(jnp.asarray(probability, jnp.float32))
+
+    def kept(top_k, top_p):
+        return int(kept_tokens(logits, top_k, top_p).sum())
+
+    assert [kept(k, 1.0) for k in (1, 2, 5, 99)] == [1, 2, 5, 5]
+    assert [kept(99, p) for p in (1e-9, 0.39, 0.41, 0.69, 0.71, 0.95, 1.0)] == [1, 1, 2, 2, 3, 4, 5]
+    # Among the top 2 the first has 0.4 / 0.7.
+    assert [kept(2, p) for p in (0.56, 0.58)] == [1, 2]
+
+
+def test_draws_follow_the_distribution():
+    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.15, 0.25]], jnp.float32))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4000))
+    sampling = generation.Sampling(jnp.float32(1.0), jnp.int32(3), jnp.float32(1.0))
+    drawn = generation._sample(jnp.repeat(logits, 4000, axis=0), keys, jnp.int32(0), sampling, greedy=False)
+    share = np.bincount(np.asarray(drawn), minlength=4) / 4000
+    np.testing.assert_allclose(share, np.array([0, 0.5, 0.15, 0.25]) / 0.9, atol=0.03)
+    assert share[0] == 0
+
+
+def test_lengths_in_one_bucket_compile_once():
+    generate(MODEL, [[1, 2, 3]], max_new_tokens=5)
+    before = generation._generate._cache_size()
+    generate(MODEL, [[1, 2, 3, 4, 5, 6, 7, 8]], max_new_tokens=9)
+    assert generation._generate._cache_size() == before
+
+
+def test_decoding_memory_is_the_window_not_the_context():
+    cache = MODEL.init_cache(1, 1 << 20)
+    assert cache.keys.shape == (2, 1, 2, 7, 10)
+    assert make("swa").init_cache(1, 1 << 20).keys.shape == (2, 1, 2, 7, 10)
+    assert make("mha").init_cache(1, 31).keys.shape == (2, 1, 31, 2, 10)
+
+
+def test_no_prompts_give_no_rows():
+    assert generate(MODEL, [], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([[1], []], {}, "prompts[1] is empty"),
+        ([[1, 61]], {}, "prompts[0] must hold token ids in 0 … 60, got 61"),
+        ([[-1]], {}, "prompts[0] must hold token ids in 0 … 60, got -1"),
+        ([[1.5]], {}, "prompts[0] must hold integer token ids, got float64"),
+        ([1, 2], {}, "prompts[0] must be a sequence of token ids, got shape ()"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ([[1]], {"temperature": -0.1}, "temperature must be >= 0 and finite, got -0.1"),
+        ([[1]], {"temperature": float("nan")}, "temperature must be >= 0 and finite, got nan"),
+        ([[1]], {"top_k": 0}, "top_k must be >= 1, got 0"),
+        ([[1]], {"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
+        ([[1]], {"top_p": 1.1}, "top_p must be in (0, 1], got 1.1"),
+        ([[1]], {"stop_tokens": [99]}, "stop_tokens must hold token ids in 0 … 60, got 99"),
+    ],
+)
+def test_generate_refuses_bad_requests(prompts, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate(MODEL, prompts, **{"max_new_tokens": 3} | changes)
+    if "prompts" not in message:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generate_stream(MODEL, prompts[0], **{"max_new_tokens": 3} | changes)
