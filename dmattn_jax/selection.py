@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from dmattn_jax.documents import Documents, document_bounds
+from dmattn_jax.permutation import inverse, partition, place
 from dmattn_jax.validation import check_gate, check_segment_ids, check_window
 
 
@@ -65,7 +66,7 @@ def choose_keys(gate: Float[Array, "B K S"], windows: tuple[int, ...], documents
     gate = jnp.where(documents.token[:, None], gate, -jnp.inf)
     start, end = documents.start[:, None], documents.end[:, None]
     # Ascending and stable: among equal gates the later key ranks higher, and so wins.
-    rank = _inverse(jnp.argsort(gate, axis=-1, stable=True).astype(jnp.int32))
+    rank = inverse(jnp.argsort(gate, axis=-1, stable=True).astype(jnp.int32))
     if min(windows) >= length:
         expiry = jnp.broadcast_to(end, gate.shape)
     else:
@@ -94,18 +95,12 @@ def last_keys(windows: tuple[int, ...], documents: Documents) -> Choice:
     return Choice(expiry, jnp.broadcast_to(position, expiry.shape))
 
 
-def _inverse(order: Int32[Array, "*n S"]) -> Int32[Array, "*n S"]:
-    """The inverse of permutations, by a sort: the same on every backend and cheap where scatters are not."""
-    position = jnp.broadcast_to(jnp.arange(order.shape[-1], dtype=jnp.int32), order.shape)
-    return jax.lax.sort((order, position), dimension=-1, num_keys=1, is_stable=False)[1]
-
-
 def _kth_largest_rank(rank, start, until, kth) -> Int32[Array, "B K S"]:
     """The kth largest of rank[start:until], per position; −1 where the range holds fewer.
 
     `rank` is a permutation of 0 … S−1. Descends a wavelet matrix: from the highest bit to the lowest the row is
     partitioned by that bit, zeros first, order kept; a range of the row stays a range, whose ends move by
-    prefix counts. One cumulative sum, one sort and two gathers a bit.
+    prefix counts. One cumulative sum, one scatter and two gathers a bit.
     """
     length = rank.shape[-1]
     bits = max((length - 1).bit_length(), 1)
@@ -115,9 +110,7 @@ def _kth_largest_rank(rank, start, until, kth) -> Int32[Array, "B K S"]:
 
     def descend(state, level):
         row, low, high, left, answer = state
-        ones = (row >> level) & 1
-        before = jnp.cumsum(ones, axis=-1, dtype=jnp.int32)
-        before = jnp.concatenate([jnp.zeros((*shape[:-1], 1), jnp.int32), before], axis=-1)
+        before, moved = partition((row >> level) & 1 == 1)
         zeros = length - before[..., -1:]
         ones_low, ones_high = (jnp.take_along_axis(before, end, axis=-1) for end in (low, high))
         inside = ones_high - ones_low
@@ -126,8 +119,7 @@ def _kth_largest_rank(rank, start, until, kth) -> Int32[Array, "B K S"]:
         high = jnp.where(go_up, zeros + ones_high, high - ones_high)
         left = jnp.where(go_up, left, left - inside)
         answer = answer | (go_up.astype(jnp.int32) << level)
-        row = jax.lax.sort((ones, row), dimension=-1, num_keys=1, is_stable=True)[1]
-        return (row, low, high, left, answer), None
+        return (place(row, moved, length, 0), low, high, left, answer), None
 
     state = (rank, low, high, left, jnp.zeros(shape, jnp.int32))
     levels = jnp.arange(bits - 1, -1, -1, dtype=jnp.int32)

@@ -38,7 +38,7 @@ def key_gradients(
     tiles_per_epoch = rows.capacity // block_k
     factor = scale * LOG2E
 
-    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dkv_ref, dbias_ref, scratch):
+    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dkv_ref, dbias_ref, *, scratch):
         (k_smem, v_smem, meta_smem, q_smem, do_smem, stats_smem, out_smem, bias_smem), barriers = scratch
         own, q_full, do_full, stats_full, q_free, do_free, stats_free = barriers
         kv_head, tile, item = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("batch")
@@ -170,7 +170,7 @@ def key_gradients(
 
     def entry(*refs):
         pl.run_scoped(
-            lambda *scratch: body(*refs, scratch),
+            lambda *scratch: body(*refs, scratch=scratch),
             (
                 plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
                 plgpu.SMEM((2, half, dim), dtype, transforms=transforms),

@@ -36,7 +36,7 @@ def query_gradient(
     tiles_per_epoch = rows.epoch_size // block_q
     factor = scale * LOG2E
 
-    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, scratch):
+    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, *, scratch):
         (q_smem, do_smem, stats_smem, k_smem, v_smem, meta_smem), barriers = scratch
         own, k_full, v_full, meta_full, k_free, v_free, meta_free = barriers
         head, tile, item = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("batch")
@@ -133,7 +133,7 @@ def query_gradient(
 
     def entry(*refs):
         pl.run_scoped(
-            lambda *scratch: body(*refs, scratch),
+            lambda *scratch: body(*refs, scratch=scratch),
             (
                 plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
                 plgpu.SMEM((2, half, dim), dtype, transforms=transforms),

@@ -50,7 +50,7 @@ def attend(
     tiles_per_epoch = rows.epoch_size // block_q
     factor = scale * LOG2E
 
-    def body(q_ref, k_ref, v_ref, meta_ref, runs_ref, out_ref, shift_ref, total_ref, scratch):
+    def body(q_ref, k_ref, v_ref, meta_ref, runs_ref, out_ref, shift_ref, total_ref, *, scratch):
         (q_smem, k_smem, v_smem, meta_smem, stat_smem), barriers = scratch
         k_full, v_full, meta_full, q_full, k_free, v_free, meta_free, turn = barriers
         head, tile, item = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("batch")
@@ -174,7 +174,7 @@ def attend(
 
     def entry(*refs):
         pl.run_scoped(
-            lambda *scratch: body(*refs, scratch),
+            lambda *scratch: body(*refs, scratch=scratch),
             (
                 plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
                 plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),

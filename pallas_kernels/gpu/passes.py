@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.contract import EpochLists, Intervals, Normalizer
+from pallas_kernels.contract import BlockSizes, EpochLists, Intervals, Normalizer
 from pallas_kernels.gpu.backward_key import key_gradients
 from pallas_kernels.gpu.backward_query import query_gradient
 from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes
@@ -22,9 +22,10 @@ def forward(
     intervals: Intervals,
     *,
     scale: float,
-    blocks: HopperBlockSizes,
+    blocks: BlockSizes,
 ) -> tuple[Float[Array, "B T H D"], Normalizer]:
     """`contract.Forward` for half precision and head sizes up to 128."""
+    assert isinstance(blocks, HopperBlockSizes)
     queries, dim = query.shape[1], query.shape[3]
     query, key, value = _pad(query, queries, blocks), _pad_heads(key), _pad_heads(value)
     rows = gather_rows(key, value, bias, intervals, queries=queries, sizes=blocks)
@@ -44,9 +45,10 @@ def backward(
     dout: Float[Array, "B T H D"],
     *,
     scale: float,
-    blocks: HopperBlockSizes,
+    blocks: BlockSizes,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"], Float[Array, "B S K"]]:
     """`contract.Backward`; lists are gathered again rather than kept."""
+    assert isinstance(blocks, HopperBlockSizes)
     queries, length, dim = query.shape[1], key.shape[1], query.shape[3]
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     total = jnp.where(normalizer.total == 0, 1, normalizer.total)

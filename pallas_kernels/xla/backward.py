@@ -113,7 +113,7 @@ def backward(
         gradients = tuple(
             jnp.moveaxis(array, 1, 2).astype(like.dtype) for array, like in zip(slots, (key, value, bias), strict=True)
         )
-    elif offset:
+    elif offset and lists is not None:
         gradients = _read_out(gradients, slots, lists.entry_slot, 0, offset)
     dkey, dvalue, dbias = (array[:, :keys] for array in gradients)
     return dquery[:, :queries], dkey, dvalue, dbias
