@@ -6,7 +6,9 @@ Presets in `configs/` compose these with `dataclasses.replace`; the command line
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from dmattn_jax.models.config import DogeConfig
 
@@ -31,33 +33,48 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule. `learning_rate="auto"` takes the step law lr = 1.79·N^−0.713·D^0.307."""
+    """AdamW with a schedule."""
 
-    learning_rate: float | Literal["auto"] = 3e-3
+    learning_rate: Annotated[float | Literal["auto"], tyro.conf.arg(aliases=["--lr"])] = 3e-3
+    """Peak learning rate; `auto` takes the step law 1.79·N^−0.713·D^0.307 (N parameters, D tokens)."""
     schedule: Literal["wsd", "cosine"] = "wsd"
+    """`wsd`: linear warmup, constant, linear decay. `cosine`: linear warmup, then half a cosine."""
     warmup_fraction: float = 0.1
+    """Share of the steps that warm up."""
     decay_fraction: float = 0.1
+    """Share of the steps that decay (`wsd`)."""
     min_ratio: float = 0.0
+    """Final learning rate as a share of the peak."""
     b1: float = 0.9
+    """Decay of the mean of gradients."""
     b2: float = 0.95
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the mean square."""
     weight_decay: float = 0.01
+    """Of matrices and embeddings; never of norms, gates, residual scales or biases."""
     clip_norm: float = 1.0
+    """Gradients are scaled down to at most this global norm."""
     max_bad_steps: int = 20
     """Consecutive steps with a non-finite loss or gradient before the run stops."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis. −1 (at most one axis) takes what the others leave."""
+    """Devices per mesh axis. -1 (at most one axis) takes what the others leave."""
 
     data: int = -1
+    """Copies of the model, each with its part of the batch."""
     fsdp: int = 1
+    """Devices that a copy's parameters and optimizer state are cut over, beside the batch."""
     tensor: int = 1
+    """Devices that heads and MLP columns are cut over; must divide the kv heads."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When the run is saved."""
+
     every: int = 500
     """Steps between checkpoints."""
     keep: int = 3
@@ -66,14 +83,22 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
+    """What is measured and shown as training goes."""
+
     every: int = 10
     """Steps between rows of metrics.csv."""
     eval_every: int = 200
+    """Steps between validations, each with new pictures."""
     eval_batches: int = 16
+    """Batches of a validation, always the same ones."""
     sample_every: int = 500
+    """Steps between samples in samples.txt; 0: none."""
     sample_tokens: int = 256
+    """Tokens of a sample."""
     sample_prompt: str = "def "
+    """What a sample continues."""
     wandb: bool = False
+    """Also log to Weights & Biases: needs pip install 'dmattn-jax[wandb]'."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,7 @@ class TrainConfig:
     """One run. Everything a run needs to be repeated is in here, and is written to `runs/<name>/config.json`."""
 
     name: str = "run"
+    """The run's folder below runs-dir. The same name and configuration again continues the run."""
     model: DogeConfig = field(default_factory=DogeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -88,11 +114,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sequence_length: int = 512
+    """Tokens of a row; documents are packed into rows and see only themselves."""
     batch_size: int | Literal["auto"] = 8
     """Sequences per optimizer step, over all devices; `auto` takes the step law batch = 0.58·D^0.571 tokens."""
     accumulate: int = 1
-    """Microbatches per optimizer step."""
+    """Microbatches per optimizer step: the same step with less memory."""
     steps: int | Literal["auto"] = 1000
-    """`auto`: 20 tokens a parameter."""
+    """Optimizer steps; `auto`: 20 tokens a parameter."""
     seed: int = 0
+    """Of the initial parameters, the order of the data, and the samples."""
     runs_dir: str = "runs"
+    """Where the folders of runs are."""

@@ -1,0 +1,263 @@
+"""The command line: what it lists, what it refuses in one line, and what its commands do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from small_run import ROOT, compile_cache, environment, small_config
+
+from configs import PRESETS
+from train import cli, config_json
+from train.config import MeshConfig, TrainConfig
+from train.errors import ConfigError
+from train.loop import run
+from train.plan import compile_step, describe, plan_memory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    with compile_cache(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run."""
+    home = tmp_path_factory.mktemp("trained")
+    run(small_config(home, "trained"))
+    return home / "runs" / "trained"
+
+
+def refused(capsys, *args: str, code: int = 2) -> str:
+    """The one line with which these arguments are refused."""
+    assert cli.main(args) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("dmattn: ")
+    return lines[0]
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("train", "generate", "eval", "plan", "tokenizer", "explain"):
+        assert f"\n  {name} " in shown
+    assert "dmattn train quickstart" in shown
+
+
+def test_help_is_fast_and_imports_no_jax():
+    code = "import sys, train.cli; train.cli.main(['--help']); sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    began = time.monotonic()
+    child = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, check=False)
+    assert child.returncode == 0
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "tokenizer train", "explain", "train quickstart", "plan 80m"])
+def test_every_command_teaches_by_example(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"dmattn {command.split()[0]}" in shown
+    assert "xample" in shown
+
+
+def test_train_help_explains_fields_with_the_presets_values(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "quickstart", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--optimizer.learning-rate" in shown
+    assert "--lr" in shown
+    assert "Consecutive steps with a non-finite loss" in shown
+    assert f"(default: {PRESETS['quickstart'].steps})" in shown
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_without_a_preset_they_are_listed(capsys, command):
+    assert cli.main([command]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in PRESETS)
+
+
+def test_unknown_names_suggest_the_nearest(capsys):
+    assert "did you mean quickstart?" in refused(capsys, "train", "quikstart")
+    assert "did you mean doge-160m?" in refused(capsys, "plan", "doge160m")
+    assert "did you mean train?" in refused(capsys, "trian")
+
+
+def test_a_missing_run(capsys, tmp_path):
+    assert str(tmp_path / "no") in refused(capsys, "generate", str(tmp_path / "no"), "--prompt", "x")
+    assert "is this a run's folder?" in refused(capsys, "eval", str(tmp_path), "--text", "x")
+
+
+def test_missing_text_and_tokenizers(capsys, trained, tmp_path):
+    assert "no.txt" in refused(capsys, "eval", str(trained), "--text", str(tmp_path / "no.txt"))
+    args = ("train", "quickstart", "--runs-dir", str(tmp_path), "--data.tokenizer", str(tmp_path / "no.json"))
+    assert "no.json" in refused(capsys, *args)
+    args = ("train", "quickstart", "--runs-dir", str(tmp_path), "--data.source", str(tmp_path / "nowhere"))
+    assert "nowhere" in refused(capsys, *args)
+    assert "nowhere" in refused(capsys, "tokenizer", "train", str(tmp_path / "nowhere"))
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(capsys, tmp_path):
+    args = ("train", "quickstart", "--runs-dir", str(tmp_path), "--model.vocab-size", "11")
+    assert "--model.vocab-size 257" in refused(capsys, *args)
+
+
+def test_a_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "train", "quickstart", "--runs-dir", str(tmp_path / "file"))
+    assert "--runs-dir" in line
+
+
+def test_a_batch_that_no_mesh_can_split(capsys, tmp_path):
+    args = ("--batch-size", "7", "--accumulate", "2", "--mesh.data", "1", "--runs-dir", str(tmp_path))
+    assert "take a multiple of 2" in refused(capsys, "train", "quickstart", *args)
+    assert "needs 999 devices" in refused(capsys, "train", "quickstart", "--mesh.data", "999")
+
+
+def test_impossible_values(capsys, tmp_path):
+    runs = ("--runs-dir", str(tmp_path))
+    assert "steps must be >= 1" in refused(capsys, "train", "quickstart", "--steps", "0", *runs)
+    assert "must be a positive number" in refused(capsys, "train", "quickstart", "--lr", "-1", *runs)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "quickstart", "--model.window", "0"])
+    assert ended.value.code == 2
+    assert "window must be >= 1, got 0" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_architecture(capsys, trained, tmp_path):
+    run_folder = tmp_path / "edited"
+    run_folder.mkdir()
+    (run_folder / "checkpoints").symlink_to(trained / "checkpoints")
+    config = config_json.load(trained / "config.json")
+    wider = replace(config, model=replace(config.model, intermediate_size=48))
+    (run_folder / "config.json").write_text(config_json.to_json(wider))
+    line = refused(capsys, "generate", str(run_folder), "--prompt", "x")
+    assert "another architecture" in line
+    assert "blocks.mlp" in line
+
+
+def test_generate_is_seeded_and_continues_each_prompt(capsys, trained):
+    args = ["generate", str(trained), "--prompt", "abc", "fed", "--tokens", "5", "--seed", "3"]
+    assert cli.main(args) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("abc")
+    assert "\n" + "-" * 40 + "\nfed" in first
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out == first
+    assert "temperature" in refused(capsys, *args, "--temperature", "-1")
+
+
+def test_generate_from_one_checkpoint(capsys, trained):
+    assert cli.main(["generate", str(trained / "checkpoints" / "14"), "--prompt", "abc", "fed", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("abc")
+    assert "checkpoints/2" in refused(capsys, "generate", str(trained / "checkpoints" / "2"), "--prompt", "abc")
+
+
+def test_eval_of_any_text(capsys, trained, tmp_path):
+    import math
+
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh " * 50)
+    assert cli.main(["eval", str(trained), "--text", str(text), "--batch-size", "2"]) == 0
+    shown = capsys.readouterr().out
+    numbers = shown.splitlines()[-1]
+    loss = float(numbers.split("loss ")[1].split(",")[0])
+    bits = float(numbers.split("perplexity")[1].split(", ")[1].split()[0])
+    assert "over 449 tokens" in numbers or "over 450 tokens" in numbers
+    assert bits == pytest.approx(loss / math.log(2), rel=0.01)
+
+
+def test_tokenizer_train(capsys, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.txt").write_text("the cat and the hat " * 30)
+    (tmp_path / "texts" / "image.bin").write_bytes(bytes(range(256)))
+    output = tmp_path / "out" / "tokenizer.json"
+    assert (
+        cli.main(["tokenizer", "train", str(tmp_path / "texts"), "--vocab-size", "263", "--output", str(output)]) == 0
+    )
+    assert "263 tokens" in capsys.readouterr().out
+    assert json.loads(output.read_text())["model"]["type"] == "BPE"
+    assert "vocab_size must be >= 257" in refused(
+        capsys, "tokenizer", "train", str(tmp_path / "texts"), "--vocab-size", "9", "--output", str(output)
+    )
+
+
+def test_explain_names_the_device(capsys):
+    assert cli.main(["explain"]) == 0
+    assert "cpu" in capsys.readouterr().out
+
+
+def test_plan_for_a_mesh_larger_than_this_machine(tmp_path):
+    config = small_config(tmp_path, mesh=MeshConfig(data=1, fsdp=2, tensor=2), batch_size=6)
+    plan = plan_memory(config)
+    total = 4 * config.model.num_parameters()
+    assert plan.devices == 4
+    # cut in four, but for vectors, which are cut in two, and the 257 rows of the vocabulary, which two do not divide
+    table = 4 * config.model.vocab_size * config.model.hidden_size
+    assert plan.parameters == pytest.approx((total - table) / 4 + table / 2, rel=0.05)
+    assert plan.optimizer == pytest.approx(2 * plan.parameters, abs=16)
+    assert plan.batch == 3 * 4 * 3 * config.sequence_length
+    assert plan.temporary > plan.parameters
+
+
+def test_plan_of_one_device_is_exact(tmp_path):
+    config = small_config(tmp_path)
+    plan = compile_step(config)
+    assert plan.parameters == 4 * config.model.num_parameters()
+    assert plan.batch == 3 * 4 * 4 * 29
+    assert f"{config.model.num_parameters() / 1e6:,.2f} M" in describe(config, plan)
+
+
+def test_plan_refuses_what_a_run_refuses(capsys):
+    assert "must divide model.num_kv_heads" in refused(capsys, "plan", "doge-20m", "--mesh.tensor", "2", "--steps", "5")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_survive_json(name):
+    config = replace(PRESETS[name], model=replace(PRESETS[name].model, num_kv_heads=1, window=(7,)))
+    assert config_json.from_json(config_json.to_json(config)) == config
+
+
+def test_configurations_of_other_versions():
+    values = json.loads(config_json.to_json(TrainConfig()))
+    del values["log"]["sample_tokens"]
+    assert config_json.from_json(json.dumps(values)) == TrainConfig()
+    values["model"]["colour"] = "red"
+    with pytest.raises(ConfigError, match=r"unknown field model\.colour"):
+        config_json.from_json(json.dumps(values))
+    with pytest.raises(ConfigError, match="is not JSON"):
+        config_json.from_json("{")
+
+
+def test_differences_are_named():
+    changed = replace(TrainConfig(), steps=5, model=replace(TrainConfig().model, window=3))
+    assert config_json.differences(TrainConfig(), changed) == {"steps": (1000, 5), "model.window": (1024, 3)}
+    assert config_json.may_change_on_resume("steps")
+    assert config_json.may_change_on_resume("optimizer.learning_rate")
+    assert not config_json.may_change_on_resume("model.window")
+    assert not config_json.may_change_on_resume("sequence_length")
+
+
+def test_the_console_script_is_there():
+    script = os.path.join(os.path.dirname(sys.executable), "dmattn")
+    if not os.path.exists(script):
+        script = sys.executable
+    child = subprocess.run(
+        [script, *(["-m", "train.cli"] if script == sys.executable else []), "train", "nothing-like-this"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert child.returncode == 2
+    assert child.stderr.count("\n") == 1

@@ -1,0 +1,311 @@
+"""Whole runs: trained, interrupted, killed, damaged and resumed. What follows must be what would have followed."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_run import STEPS, compile_cache, small_config, start
+
+from train import step as step_module
+from train.checkpoint import newest_intact, steps_in
+from train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from train.errors import ConfigError, RunDirectoryError, TrainingDivergedError
+from train.loop import run
+from train.manifest import read_manifest
+from train.run_directory import RunDirectory
+from train.run_files import load_trained
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    with compile_cache(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(home) -> Path:
+    """The folder of a run of all steps."""
+    config = small_config(home, "uninterrupted")
+    outcome = run(replace(config, log=replace(config.log, sample_every=7, sample_tokens=5)))
+    assert (outcome.step, outcome.exit_code) == (STEPS, 0)
+    return home / "runs" / "uninterrupted"
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def course(folder: Path) -> list[tuple[str, ...]]:
+    """Every number of a run that does not depend on the clock, with all its digits."""
+    return [
+        (row["step"], row["tokens"], row["loss"], row["validation_loss"], row["learning_rate"], row["gradient_norm"])
+        for row in rows_of(folder)
+    ]
+
+
+def final_parameters(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in load_trained(folder, best=False).params.items()}
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    assert course(one) == course(other)
+    first, second = final_parameters(one), final_parameters(other)
+    assert first.keys() == second.keys()
+    for name, leaf in first.items():
+        np.testing.assert_array_equal(leaf, second[name], err_msg=name)
+
+
+def test_a_run_learns_and_leaves_its_files(uninterrupted):
+    rows = rows_of(uninterrupted)
+    assert [int(row["step"]) for row in rows] == list(range(STEPS + 1))
+    validation = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
+    assert validation[0] == pytest.approx(math.log(257), abs=0.1)
+    assert validation[-1] < 0.6 * validation[0]
+    for name in ("config.json", "plots/loss.png", "plots/masks.png", "samples.txt"):
+        assert (uninterrupted / name).stat().st_size > 0, name
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+    samples = (uninterrupted / "samples.txt").read_text()
+    assert re.findall(r"^--- step (\d+)$", samples, re.MULTILINE) == ["7", "14"]
+    assert "def " in samples
+    assert steps_in(uninterrupted / "checkpoints") == [10, 14]
+
+
+def test_the_learning_rate_of_the_rows_is_the_schedule(uninterrupted):
+    rates = {int(row["step"]): float(row["learning_rate"]) for row in rows_of(uninterrupted)[1:]}
+    assert rates[1] == pytest.approx(0.01)  # one step of warmup, one of decay
+    assert rates[STEPS] == pytest.approx(0.01)
+
+
+def test_the_same_run_again_is_bitwise_the_same(uninterrupted, home):
+    run(small_config(home, "again"))
+    assert_same_end(home / "runs" / "again", uninterrupted)
+
+
+def test_running_a_finished_run_again_does_nothing(uninterrupted, home, capsys):
+    config = small_config(home, "uninterrupted")
+    before = (uninterrupted / "metrics.csv").read_bytes()
+    assert run(replace(config, log=replace(config.log, sample_every=7, sample_tokens=5))).exit_code == 0
+    assert (uninterrupted / "metrics.csv").read_bytes() == before
+    assert "all 14 steps are done" in capsys.readouterr().out
+
+
+def wait_for_row(folder: Path, step: int, process) -> None:
+    """Until metrics.csv has the row of this step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = folder / "metrics.csv"
+        if path.exists() and f"\n{step}," in path.read_text():
+            return
+        if process.poll() is not None:
+            pytest.fail(f"the run ended early with {process.returncode}: {process.stderr.read()}")
+        time.sleep(0.002)
+    pytest.fail(f"no step {step} within two minutes")
+
+
+def kill_at(config: TrainConfig, home: Path, step: int, number: signal.Signals) -> tuple[int, str]:
+    process = start(config, home)
+    try:
+        wait_for_row(home / "runs" / config.name, step, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out + err
+
+
+@pytest.mark.parametrize("step", [7, pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.slow)])
+def test_sigkill_then_resume_is_bitwise(uninterrupted, home, step):
+    # step 5 and 10 save: a kill at 10 is amid the save or just after it
+    config = small_config(home, f"sigkill-{step}")
+    code, _ = kill_at(config, home, step, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert run(config).exit_code == 0
+    assert_same_end(home / "runs" / config.name, uninterrupted)
+
+
+@pytest.mark.slow
+def test_many_sigkills_then_resume_is_bitwise(home):
+    """Killed after random times, again and again, saving at every other step, until it is done."""
+    generator = np.random.default_rng(11)
+    checkpoint = CheckpointConfig(every=2, keep=2)
+    config = small_config(home, "sigkills", checkpoint=checkpoint, steps=61)
+    for _ in range(8):
+        process = start(config, home)
+        wait_for_row(home / "runs" / config.name, 0, process)
+        time.sleep(float(generator.uniform(0.5, 5)))
+        process.kill()
+        process.communicate()
+    assert run(config).exit_code == 0
+    straight = replace(config, name="no-sigkills")
+    run(straight)
+    assert_same_end(home / "runs" / config.name, home / "runs" / "no-sigkills")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_polite_signal_saves_says_how_to_go_on_and_resumes_bitwise(uninterrupted, home, number, code):
+    config = small_config(home, number.name.lower())
+    returned, output = kill_at(config, home, 6, number)
+    assert returned == code, output
+    assert "Run the same command again to continue" in output
+    assert "Traceback" not in output
+    folder = home / "runs" / config.name
+    saved = newest_intact(folder / "checkpoints", pytest.fail)
+    assert saved is not None
+    assert 6 <= saved < STEPS
+    assert [int(row["step"]) for row in rows_of(folder)] == list(range(saved + 1))
+    assert run(config).exit_code == 0
+    assert_same_end(folder, uninterrupted)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_but_no_bits(uninterrupted, home, capsys):
+    config = small_config(home, "damaged")
+    run(config)
+    folder = home / "runs" / "damaged"
+    largest = max((folder / "checkpoints" / "14" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-7])
+    assert run(config).exit_code == 0
+    output = capsys.readouterr().out
+    assert "14 is damaged" in output
+    assert "resuming from step 10" in output
+    assert_same_end(folder, uninterrupted)
+
+
+def poisoned(monkeypatch, bad: set[int]) -> None:
+    """Makes the gradients of these calls NaN."""
+    original = step_module.loss_and_gradients
+
+    def compute(skeleton, params, batch, accumulate):
+        losses, gradients = original(skeleton, params, batch, accumulate)
+        poison = jax.numpy.where(batch["tokens"][0, 0] < 0, jax.numpy.nan, 0.0)
+        return losses, jax.tree.map(lambda g: g + poison, gradients)
+
+    monkeypatch.setattr(step_module, "loss_and_gradients", compute)
+    from train import mesh
+
+    convert, calls = mesh.global_batch, [0]
+
+    def marked(batch, device_mesh):
+        # evaluation converts its batches in its own module, so these are training batches
+        calls[0] += 1
+        if calls[0] in bad:
+            tokens = batch["tokens"].copy()
+            tokens[0, 0] = -1
+            batch = batch | {"tokens": tokens}
+        return convert(batch, device_mesh)
+
+    monkeypatch.setattr(mesh, "global_batch", marked)
+
+
+def test_bad_steps_are_skipped_counted_and_shown(home, monkeypatch, capsys):
+    poisoned(monkeypatch, {3, 6, 7})
+    config = small_config(home, "bad-steps", optimizer=OptimizerConfig(learning_rate=1e-2, max_bad_steps=3))
+    assert run(config).exit_code == 0
+    counts = [int(row["bad_steps"]) for row in rows_of(home / "runs" / "bad-steps")[1:]]
+    assert counts == [0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3]
+    output = capsys.readouterr().out
+    assert "step 3: the loss or a gradient is not finite" in output
+    assert all(np.isfinite(leaf).all() for leaf in final_parameters(home / "runs" / "bad-steps").values())
+
+
+def test_too_many_bad_steps_stop_and_name_the_last_good_checkpoint(home, monkeypatch):
+    poisoned(monkeypatch, set(range(7, 99)))
+    config = small_config(home, "diverged", optimizer=OptimizerConfig(learning_rate=1e-2, max_bad_steps=3))
+    with pytest.raises(TrainingDivergedError, match="3 steps in a row up to step 9") as caught:
+        run(config)
+    assert str(home / "runs" / "diverged" / "checkpoints" / "5") in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_another_architecture_cannot_resume(uninterrupted, home):
+    config = small_config(home, "uninterrupted")
+    wider = replace(config, model=replace(config.model, hidden_size=48, window=5))
+    with pytest.raises(ConfigError) as caught:
+        run(wider)
+    message = str(caught.value)
+    assert "model.hidden_size 24 -> 48" in message
+    assert "model.window 7 -> 5" in message
+    assert "\n" not in message
+    assert '"hidden_size": 24' in (uninterrupted / "config.json").read_text()
+
+
+@pytest.mark.slow
+def test_more_steps_continue_a_finished_run(home):
+    config = small_config(home, "longer", steps=4)
+    run(config)
+    assert run(replace(config, steps=6)).step == 6
+    assert [int(row["step"]) for row in rows_of(home / "runs" / "longer")] == list(range(7))
+
+
+def test_a_run_is_held_by_one_process(tmp_path):
+    first, second = RunDirectory(tmp_path / "a"), RunDirectory(tmp_path / "a")
+    first.lock()
+    with pytest.raises(RunDirectoryError, match="in use by another process"):
+        second.lock()
+    first.unlock()
+    second.lock()
+    second.unlock()
+
+
+def test_rows_of_steps_that_run_again_are_dropped(tmp_path):
+    from train.metrics_file import MetricsFile, read_metrics
+
+    path = tmp_path / "metrics.csv"
+    with MetricsFile(path, -1) as file:
+        for step in range(6):
+            file.write({"step": step, "loss": "1.5", "seconds": str(step * 2.0)})
+    path.write_bytes(path.read_bytes() + b"6,99,0.")  # a row that a kill cut short
+    with MetricsFile(path, 3) as file:
+        assert file.seconds_before == 6.0
+        file.write({"step": 4, "loss": "2.5"})
+    assert [row["step"] for row in read_metrics(path)] == ["0", "1", "2", "3", "4"]
+    assert read_metrics(path)[-1]["loss"] == "2.5"
+
+
+def test_samples_of_steps_that_run_again_are_dropped(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.samples.write_text("--- step 5\ndef a\n\n--- step 10\ndef b\n--- stepping\n\n--- step 15\ndef c\n\n")
+    directory.keep_samples(until=10)
+    assert directory.samples.read_text() == "--- step 5\ndef a\n\n--- step 10\ndef b\n--- stepping\n\n"
+
+
+def test_checkpoints_say_what_they_are_worth(uninterrupted):
+    facts = read_manifest(uninterrupted / "checkpoints" / "14")["facts"]
+    last = [row["validation_loss"] for row in rows_of(uninterrupted)][-1]
+    assert facts["validation_loss"] == float(last)
+    assert facts["step"] == 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["swa", "mha"])
+def test_other_attentions_train(home, attention):
+    config = small_config(home, attention, steps=2)
+    assert run(replace(config, model=replace(config.model, attention=attention))).exit_code == 0
+    assert not (home / "runs" / attention / "plots" / "masks.png").exists()
+
+
+def test_wandb_that_is_not_installed_is_one_clear_line(home, monkeypatch):
+    import sys
+
+    from train.errors import MissingExtraError
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = small_config(home, "wandb")
+    with pytest.raises(MissingExtraError, match=r"pip install 'dmattn-jax\[wandb\]'"):
+        run(replace(config, log=LogConfig(wandb=True)))

@@ -1,0 +1,334 @@
+"""The command `dmattn`. Nothing heavy is imported before a command is known to need it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import tyro
+
+from train.errors import ConfigError, UnknownPresetError, UserError
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+T = TypeVar("T")
+
+TRAIN_HELP = """Train a preset, with any field changed. The same command again continues an interrupted run.
+
+Examples:
+  dmattn train quickstart
+  dmattn train quickstart --steps 800 --model.window 128 --name wider
+  dmattn train doge-20m --data.source texts/ --data.tokenizer tokenizer.json --lr auto --mesh.fsdp 4"""
+
+PLAN_HELP = """Parameters, operations per token and memory per device of a preset, with nothing allocated.
+The mesh may be larger than this machine; an axis of -1 counts as 1.
+
+Examples:
+  dmattn plan doge-60m
+  dmattn plan 1.7b --mesh.fsdp 8 --model.remat"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for what the user can put right, 3 for a diverged run."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(overview())
+            return 0
+        if args[0] == "--version":
+            from importlib.metadata import version
+
+            print(f"dmattn-jax {version('dmattn-jax')}")
+            return 0
+        if args[0] not in COMMANDS:
+            raise UserError(f"unknown command {args[0]!r}{_closest(args[0], COMMANDS)}; see dmattn --help")
+        return COMMANDS[args[0]][1](args[1:])
+    except UserError as error:
+        print("dmattn: " + " ".join(str(error).split()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def overview() -> str:
+    """The text of `dmattn --help`."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: dmattn COMMAND ...",
+            "",
+            "Language models with dynamic-mask attention: train, sample and measure them.",
+            "",
+            "commands:",
+            *(f"  {name:{width}}  {what}" for name, (what, _) in COMMANDS.items()),
+            "",
+            "a first run, in minutes on a CPU:",
+            "  dmattn train quickstart",
+            "  dmattn generate runs/quickstart --prompt 'def '",
+            "",
+            "dmattn COMMAND --help explains a command and all of its options.",
+        ]
+    )
+
+
+def _closest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+@contextlib.contextmanager
+def _bad_values_are_the_users() -> Iterator[None]:
+    """The library refuses impossible arguments with ValueError; where they come from the command line, that is the
+    user's to put right."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _parse(command: Callable[..., T], prog: str, args: Sequence[str]) -> T:
+    return tyro.cli(command, prog=prog, args=args)
+
+
+def _preset_listing(command: str) -> str:
+    from configs import PRESETS
+    from train.flops import count_parameters
+
+    lines = [f"usage: dmattn {command} PRESET [--field value ...]", "", "presets:"]
+    for name, config in PRESETS.items():
+        model = config.model
+        lines.append(
+            f"  {name:11} {count_parameters(model).total / 1e6:8,.1f}M parameters, {model.num_layers} layers of "
+            f"{model.hidden_size}, window {model.window} of {config.sequence_length}"
+        )
+    return "\n".join([*lines, "", f"dmattn {command} PRESET --help shows every field with the preset's value."])
+
+
+def _preset_config(command: str, description: str, args: Sequence[str]) -> TrainConfig | None:
+    """The preset named first, with the changes that follow; None when only the list was asked for."""
+    from configs import PRESETS
+    from train.config import TrainConfig
+
+    if not args or args[0] in ("-h", "--help"):
+        if args:
+            print(description + "\n")
+        print(_preset_listing(command))
+        return None
+    name = args[0]
+    if name.startswith("-"):
+        raise UnknownPresetError(
+            f"name a preset before {name}: dmattn {command} PRESET {name} ...; see dmattn {command}"
+        )
+    if name not in PRESETS:
+        raise UnknownPresetError(
+            f"unknown preset {name!r}{_closest(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
+        )
+    return tyro.cli(
+        TrainConfig,
+        default=PRESETS[name],
+        prog=f"dmattn {command} {name}",
+        description=description,
+        args=args[1:],
+    )
+
+
+def _train(args: Sequence[str]) -> int:
+    config = _preset_config("train", TRAIN_HELP, args)
+    if config is None:
+        return 0
+    _initialize_distributed()
+    from train.loop import run
+
+    return run(config).exit_code
+
+
+def _initialize_distributed() -> None:
+    """Joins the other processes where the environment says that there are some (JAX_COORDINATOR_ADDRESS)."""
+    import os
+
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        import jax
+
+        jax.distributed.initialize()
+
+
+def _plan(args: Sequence[str]) -> int:
+    config = _preset_config("plan", PLAN_HELP, args)
+    if config is None:
+        return 0
+    from train.plan import describe, plan_memory
+
+    print(describe(config, plan_memory(config)))
+    return 0
+
+
+def generate(
+    run: tyro.conf.Positional[Path],
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("",),
+    tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    seed: int = 0,
+    best: bool = False,
+) -> int:
+    """Continue a text with a trained model.
+
+    Example: dmattn generate runs/quickstart --prompt 'def ' --tokens 200
+
+    Args:
+        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP).
+        prompt: What to continue; several prompts are continued together.
+        tokens: New tokens at most.
+        temperature: 0 always takes the likeliest token; higher is more varied.
+        top_k: Draw among the likeliest K tokens only.
+        top_p: Draw among the likeliest tokens of this total probability only.
+        seed: The same seed gives the same text.
+        best: Take the checkpoint of the lowest validation loss instead of the newest.
+    """
+    from dmattn_jax.generation import generate as continue_prompts
+    from train.run_files import load_trained
+
+    trained = load_trained(run, best=best)
+    eos = trained.tokenizer.eos_id
+    # An empty prompt begins a document, which training has seen only after the end of another.
+    start = [0 if eos is None else eos]
+    prompts = [trained.tokenizer.encode(text) or start for text in prompt]
+    with _bad_values_are_the_users():
+        continuations = continue_prompts(
+            trained.model(),
+            prompts,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=() if eos is None else (eos,),
+            seed=seed,
+        )
+    for number, (text, ids) in enumerate(zip(prompt, continuations, strict=True)):
+        if number:
+            print("-" * 40)
+        print(text + trained.tokenizer.decode(ids))
+    return 0
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    text: str,
+    text_field: str = "text",
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    best: bool = False,
+) -> int:
+    """Loss, perplexity and bits per byte of a trained model on any text.
+
+    Long documents are cut into rows of the sequence length; every token but a document's first is predicted.
+
+    Example: dmattn eval runs/quickstart --text README.md
+
+    Args:
+        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP).
+        text: A file, a directory, a glob, or stdlib.
+        text_field: The field of JSONL and Parquet rows that holds the text.
+        sequence_length: Tokens of a row; the default is that of the training.
+        batch_size: Rows computed at once.
+        best: Take the checkpoint of the lowest validation loss instead of the newest.
+    """
+    import jax
+
+    from train import mesh, step
+    from train.config import DataConfig, MeshConfig
+    from train.data import make_evaluation
+    from train.evaluate import evaluate as measure
+    from train.run_files import load_trained
+
+    trained = load_trained(run, best=best)
+    held_out = make_evaluation(
+        DataConfig(source=text, text_field=text_field),
+        trained.tokenizer,
+        sequence_length=sequence_length or trained.config.sequence_length,
+        batch_size=batch_size,
+    )
+    one = mesh.make_mesh(MeshConfig(data=1))
+    with jax.set_mesh(one):
+        params = jax.device_put(trained.params, mesh.replicated(one))
+        eval_step = step.make_eval_step(trained.skeleton, step.shardings_of(params), one)
+        result = measure(eval_step, params, held_out.batches, held_out.bytes_per_token, one)
+    print(held_out.description)
+    print(f"{trained.path}: {result} over {result.tokens:,} tokens")
+    return 0
+
+
+def explain() -> int:
+    """Which attention implementation runs on this machine, and why not the others.
+
+    Example: dmattn explain
+    """
+    import dmattn_jax
+
+    print(dmattn_jax.explain())
+    return 0
+
+
+def train_tokenizer(
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("stdlib",),
+    vocab_size: int = 8192,
+    output: Path = Path("tokenizer.json"),
+    text_field: str = "text",
+) -> int:
+    """Train a byte-level BPE tokenizer and write it as a tokenizer.json.
+
+    Example: dmattn tokenizer train texts/ notes.txt --vocab-size 8192 --output tokenizer.json
+
+    Args:
+        sources: Files, directories, globs, or stdlib (Python's own sources).
+        vocab_size: Tokens in all: the 256 bytes, the end of a document, and merges.
+        output: The file to write.
+        text_field: The field of JSONL and Parquet rows that holds the text.
+    """
+    from dmattn_jax.io import tokenizers
+    from train.config import DataConfig
+    from train.data.loader import source_files
+    from train.data.sources import NotTextError, read_documents
+
+    files = [file for source in sources for file in source_files(DataConfig(source=source))]
+
+    def texts() -> Iterator[str]:
+        for file in files:
+            # a folder may hold what is not text; a file that was named must be
+            with contextlib.suppress(NotTextError) if len(files) > len(sources) else contextlib.nullcontext():
+                yield from read_documents(file, text_field)
+
+    with _bad_values_are_the_users():
+        trained = tokenizers.train_tokenizer(texts(), vocab_size, output, progress=sys.stderr.isatty())
+    print(f"{output}: {trained.vocab_size:,} tokens from {len(files):,} files")
+    return 0
+
+
+def _tokenizer(args: Sequence[str]) -> int:
+    if not args or args[0] != "train":
+        if args and args[0] not in ("-h", "--help"):
+            raise UserError(f"unknown command tokenizer {args[0]!r}; the one there is: dmattn tokenizer train")
+        print("usage: dmattn tokenizer train FILES --vocab-size N --output tokenizer.json")
+        print("\nTrain a byte-level BPE tokenizer; dmattn tokenizer train --help explains the options.")
+        return 0
+    return _parse(train_tokenizer, "dmattn tokenizer train", args[1:])
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "train": ("train a preset, or continue an interrupted run", _train),
+    "generate": ("continue a text with a trained model", lambda a: _parse(generate, "dmattn generate", a)),
+    "eval": ("loss, perplexity and bits per byte on any text", lambda a: _parse(evaluate, "dmattn eval", a)),
+    "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),
+    "tokenizer": ("train a tokenizer", _tokenizer),
+    "explain": ("which attention implementation runs here, and why", lambda a: _parse(explain, "dmattn explain", a)),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The folder of a run: its paths, its lock against a second writer, and the configuration it was started with."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from pathlib import Path
+from typing import IO
+
+from train import config_json
+from train.checkpoint import steps_in
+from train.config import TrainConfig
+from train.errors import ConfigError, RunDirectoryError
+
+SAMPLE_HEAD = re.compile(r"^--- step (\d+)$", re.MULTILINE)
+
+
+class RunDirectory:
+    """`runs/<name>/` and what lies in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.csv"
+        self.events = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
+        self.samples = path / "samples.txt"
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Makes the folder and takes it for this process until it ends, however it ends.
+
+        Raises RunDirectoryError when the folder cannot be written or another process holds it.
+        """
+        try:
+            self.plots.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunDirectoryError(f"cannot write in {self.path}: {error.strerror}; choose --runs-dir") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            raise RunDirectoryError(f"{self.path} is in use by another process: choose another --name") from None
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def keep_samples(self, until: int) -> None:
+        """Drops the samples of later steps: those steps run again."""
+        if not self.samples.exists():
+            return
+        text = self.samples.read_text(encoding="utf-8")
+        later = [m.start() for m in SAMPLE_HEAD.finditer(text) if int(m.group(1)) > until]
+        if later:
+            self.samples.write_text(text[: later[0]], encoding="utf-8")
+
+    def adopt(self, config: TrainConfig) -> dict[str, tuple[object, object]]:
+        """Writes the configuration; on a resume, first checks that it continues the one that is there.
+
+        Returns the fields that changed and may. Raises ConfigError naming the fields that may not.
+        """
+        changed: dict[str, tuple[object, object]] = {}
+        if self.config.exists() and steps_in(self.checkpoints):
+            changed = config_json.differences(config_json.load(self.config), config)
+            fixed = [name for name in changed if not config_json.may_change_on_resume(name)]
+            if fixed:
+                shown = ", ".join(f"{name} {changed[name][0]!r} -> {changed[name][1]!r}" for name in fixed)
+                raise ConfigError(
+                    f"{self.path} holds a run with another configuration, which cannot be continued: {shown}; "
+                    "choose another --name, or remove the folder"
+                )
+        fresh = self.config.with_suffix(".json.new")
+        fresh.write_text(config_json.to_json(config), encoding="utf-8")
+        fresh.replace(self.config)
+        return changed

@@ -1,0 +1,68 @@
+"""What a run left behind, opened again: its configuration, a checkpoint's parameters, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from dmattn_jax.io.tokenizers import Tokenizer, load_tokenizer
+from dmattn_jax.models.doge import DogeForCausalLM
+from train import config_json
+from train.checkpoint import best_step, newest_intact, restore_parameters, steps_in
+from train.config import TrainConfig
+from train.errors import CheckpointError, ConfigError, RunDirectoryError
+from train.parameters import Skeleton, make_skeleton
+
+
+def open_tokenizer(spec: str) -> Tokenizer:
+    """`load_tokenizer`. Raises ConfigError in one line."""
+    try:
+        return load_tokenizer(spec)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model as a checkpoint has it. step: of the checkpoint; name: how to speak of it."""
+
+    config: TrainConfig
+    skeleton: Skeleton
+    params: dict[str, jax.Array]
+    tokenizer: Tokenizer
+    step: int
+    path: Path
+
+    def model(self) -> DogeForCausalLM:
+        return self.skeleton.merge(self.params)
+
+
+def load_trained(path: Path, *, best: bool) -> TrainedModel:
+    """The model of a run's folder (its newest whole checkpoint, or its best), or of one `checkpoints/<step>` folder.
+
+    Raises UserError when there is no run, no whole checkpoint, or the checkpoint is of another architecture.
+    """
+    if not path.is_dir():
+        raise RunDirectoryError(f"no run at {path}: name a run's folder, such as runs/quickstart")
+    single = path.name.isdecimal() and path.parent.name == "checkpoints"
+    run = path.parent.parent if single else path
+    config = config_json.load(run / "config.json")
+    directory = run / "checkpoints"
+    if single:
+        step: int | None = int(path.name)
+    elif best:
+        step = best_step(directory)
+    else:
+        step = newest_intact(directory, print)
+    if step is None:
+        what = "no checkpoint has a validation loss" if steps_in(directory) else "no checkpoint is there yet"
+        raise CheckpointError(f"{run} cannot be loaded: {what}; train it first")
+    skeleton = make_skeleton(config.model)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in skeleton.shapes.items()
+    }
+    params = restore_parameters(directory, step, shapes)
+    return TrainedModel(config, skeleton, params, open_tokenizer(config.data.tokenizer), step, directory / str(step))
