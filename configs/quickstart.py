@@ -7,8 +7,8 @@ QUICKSTART = TrainConfig(
     name="quickstart",
     model=DogeConfig(
         vocab_size=257,
-        hidden_size=160,
-        intermediate_size=480,
+        hidden_size=192,
+        intermediate_size=512,
         num_layers=5,
         num_heads=4,
         num_kv_heads=2,
@@ -19,8 +19,8 @@ QUICKSTART = TrainConfig(
     data=DataConfig(source="stdlib", tokenizer="bytes"),
     optimizer=OptimizerConfig(learning_rate=5e-3),
     sequence_length=512,
-    batch_size=4,
-    steps=300,
-    checkpoint=CheckpointConfig(every=75, keep=2),
-    log=LogConfig(every=5, eval_every=75, eval_batches=16, sample_every=75, sample_tokens=192),
+    batch_size=2,
+    steps=800,
+    checkpoint=CheckpointConfig(every=400, keep=2),
+    log=LogConfig(every=10, eval_every=160, eval_batches=32, sample_every=160, sample_tokens=192),
 )

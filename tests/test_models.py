@@ -77,6 +77,7 @@ def test_parameter_count_is_the_models(attention, experts, tied):
     assert config.num_parameters(embeddings=False) == config.num_parameters() - tables
 
 
+@pytest.mark.slow
 def test_model_is_its_blocks_one_by_one():
     model = make(num_experts=16, tie_embeddings=False)
     model.blocks.attention_residual[...] *= 0.9
@@ -267,6 +268,7 @@ def test_weights_and_ignored_targets_leave_the_mean_of_the_rest():
     )
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_but_no_gradient():
     ids = tokens()
     results = []
@@ -320,6 +322,7 @@ def test_a_few_steps_lower_the_loss_and_move_the_gates():
     assert float(jnp.abs(model.blocks.attention.gate.A[...]).min()) > 0
 
 
+@pytest.mark.slow
 def test_linen_runs_the_model():
     bridge = nnx.bridge.to_linen(DogeForCausalLM, SMALL)
     ids = tokens()

@@ -377,7 +377,7 @@ def test_cdmoe_gathers_a_bounded_number_of_rows():
     assert memory.temp_size_in_bytes < 100 * 2**20
 
 
-@pytest.mark.parametrize("kind", ["dma", "swa", "mha"])
+@pytest.mark.parametrize("kind", ["dma", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("swa", "mha"))])
 def test_layer_runs_in_jit_grad_scan_and_remat(kind):
     x = jnp.asarray(inputs())
     layers = [trained(make(kind, rngs=nnx.Rngs(seed))) for seed in range(3)]

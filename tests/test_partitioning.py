@@ -129,6 +129,7 @@ def run(kinds: list[dict], meshes: list[tuple[int, int, int]], *, generate: bool
     return done.stdout
 
 
+@pytest.mark.slow
 def test_mesh_of_eight_gives_what_one_device_gives():
     assert "same on every mesh" in run([{"attention": "dma", "num_experts": 16}], [(2, 2, 2)], generate=False)
 
