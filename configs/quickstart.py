@@ -20,7 +20,7 @@ QUICKSTART = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=5e-3),
     sequence_length=512,
     batch_size=2,
-    steps=800,
-    checkpoint=CheckpointConfig(every=400, keep=2),
-    log=LogConfig(every=10, eval_every=160, eval_batches=32, sample_every=160, sample_tokens=192),
+    steps=600,
+    checkpoint=CheckpointConfig(every=300, keep=2),
+    log=LogConfig(every=10, eval_every=150, eval_batches=32, sample_every=150, sample_tokens=192),
 )

@@ -12,9 +12,15 @@ import numpy as np
 
 from dmattn_jax.attention import dynamic_mask_attention
 from dmattn_jax.oracle import attention_oracle
+from pallas_kernels import IMPLEMENTATIONS
 
 GATES = ("random", "tied", "rising", "falling", "walk", "rounded", "holes")
 NAMES = ("out", "dquery", "dkey", "dvalue", "dgate")
+
+# Reliability bars: RMS error over RMS of the truth, per dtype.
+RATIO = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
+# And 100% of elements, over the truth's largest.
+EACH = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 def make_gate(kind: str, rng: np.random.Generator, batch: int, length: int, heads: int) -> np.ndarray:
@@ -161,3 +167,23 @@ def assert_close(
         error = np.abs(np.asarray(left, np.float64) - right)
         bound = each * max(np.abs(right).max(), 1e-30)
         assert (error <= bound).all(), f"{name}: {error.max():.2e} > {bound:.2e} at {np.argmax(error)}"
+
+
+def dtype_of(implementation: str, dim: int = 24) -> str:
+    """The most precise type that the implementation takes."""
+    return next(d for d in RATIO if not IMPLEMENTATIONS[implementation].unsupported(jnp.dtype(d), dim))
+
+
+def check(case: Case, implementation: str) -> None:
+    """The implementation, in its most precise type, against float64: values and gradients within the bars."""
+    dtype = dtype_of(implementation)
+    case = rounded(case, dtype)
+    got = run(case, dtype, implementation=implementation)
+    assert_close(got, truth(case), ratio=RATIO[dtype], each=EACH[dtype], zero=residue(case, dtype))
+
+
+def residue(case: Case, dtype: str) -> float:
+    """What half precision may leave of dp − Σ dout·out where one key has all the weight; float32 leaves nothing."""
+    if dtype == "float32":
+        return 0.0
+    return float(jnp.finfo(dtype).eps) * float(np.abs(case.value).max() * np.abs(case.cotangent).max())

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from reference import make_case, run
+from reference import dtype_of, make_case, run
 
 from pallas_kernels import IMPLEMENTATIONS
 
@@ -15,7 +15,7 @@ from pallas_kernels import IMPLEMENTATIONS
 def fingerprint(implementation: str) -> str:
     case = make_case(gate="rounded", segments="inside")
     digest = hashlib.sha256()
-    for result in run(case, implementation=implementation):
+    for result in run(case, dtype_of(implementation), implementation=implementation):
         digest.update(np.ascontiguousarray(result).tobytes())
     return digest.hexdigest()
 
