@@ -36,6 +36,11 @@ def implementation(request):
     return request.param
 
 
+def some_slow(quick: list[int], long: list[int]) -> list:
+    """Parameters of which only some run by default: each is a compilation."""
+    return [*quick, *(pytest.param(value, marks=pytest.mark.slow) for value in long)]
+
+
 def evaluate(case: Case, implementation: str) -> list[np.ndarray]:
     return run(case, dtype_of(implementation), implementation=implementation)
 
@@ -47,7 +52,7 @@ def test_values_and_gradients(implementation, gate, segments):
     check(make_case(gate=gate, segments=segments, seed=len(gate) + 7 * len(segments)), implementation)
 
 
-@pytest.mark.parametrize("segments", ["none", "inside"])
+@pytest.mark.parametrize("segments", ["none", pytest.param("inside", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("window", [1, 5, 40, 131, 132, 1310, (1, 40, 999)])
 def test_windows(implementation, window, segments):
     check(make_case(window=window, segments=segments), implementation)
@@ -61,16 +66,11 @@ def test_not_causal(implementation, window, segments, gate):
     check(make_case(keys=83, window=window, segments=segments, gate=gate, causal=False), implementation)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 67, 130])
+@pytest.mark.parametrize("queries", some_slow([1, 67], [2, 130]))
 @pytest.mark.parametrize("causal", [True, False])
 def test_fewer_queries_than_keys(implementation, queries, causal):
     """The queries are the last T of S positions."""
     check(make_case(queries=queries, segments="inside", causal=causal), implementation)
-
-
-def some_slow(quick: list[int], long: list[int]) -> list:
-    """Parameters of which only some run by default: each is a compilation."""
-    return [*quick, *(pytest.param(value, marks=pytest.mark.slow) for value in long)]
 
 
 @pytest.mark.parametrize("dim", some_slow([16, 40, 64, 100, 128, 256], [32, 72, 80, 96, 112, 160, 192]))

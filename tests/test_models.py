@@ -125,7 +125,9 @@ def test_future_tokens_leave_earlier_logits_bitwise_alone(attention, experts):
         assert not np.array_equal(after[:, cut:], before[:, cut:])
 
 
-@pytest.mark.parametrize(("attention", "experts"), KINDS)
+@pytest.mark.parametrize(
+    ("attention", "experts"), [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
+)
 def test_packed_documents_are_separate_ones(attention, experts):
     model, ids = make(attention=attention, num_experts=experts), tokens()
     segments = jnp.asarray([[1] * 10 + [2] * 10 + [0] * 3, [5] * 10 + [4] * 13])
