@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import Intervals
 from pallas_kernels.gpu.config import HopperBlockSizes
@@ -31,7 +31,6 @@ class Rows:
     key: Float[Array, "B R K D"]
     value: Float[Array, "B R K D"]
     meta: Float[Array, "B K 3 R"]
-    finite: Bool[Array, "B R K"]
     epochs: int
     capacity: int
     carried: int
@@ -93,7 +92,7 @@ def gather_rows(
     meta = jnp.stack([bias, relative(intervals.start, epoch_size + 1), relative(intervals.end, -1)], axis=2)
     whole = rows(finite)
     key, value = (jnp.where(whole[..., None], rows(array), 0) for array in (key, value))
-    return Rows(key, value, meta, whole, epochs, capacity, carried, epoch_size)
+    return Rows(key, value, meta, epochs, capacity, carried, epoch_size)
 
 
 def query_runs(rows: Rows, queries: int, sizes: HopperBlockSizes) -> Int32[Array, "B K 4 tiles"]:
