@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.config import HopperBlockSizes
-from pallas_kernels.gpu.forward import load_vector
+from pallas_kernels.gpu.pipeline import HALF_TILE, load_vector, produce
 from pallas_kernels.gpu.tiles import LOG2E, Rows
 
 
@@ -146,37 +146,29 @@ def key_gradients(
         def _produce():
             plgpu.set_max_registers(24, action="decrease")
 
-            @pl.loop(0, steps)
-            def _(number):
-                slot = lax.rem(number, jnp.int32(stages))
+            def copies(number):
                 member, query_tile = place(number)
                 head = kv_head * group + member
                 at = pl.ds(epoch_first + query_tile * block_q, block_q)
-                sources = (
+                return (
                     (q_ref.at[item, at, head], q_smem, q_full, q_free),
                     (stats_ref.at[item, head, :, at], stats_smem, stats_full, stats_free),
                     (do_ref.at[item, at, head], do_smem, do_full, do_free),
                 )
-                for source, target, ready, free in sources:
 
-                    @pl.when(number >= stages)
-                    def _(free=free):
-                        plgpu.barrier_wait(free.at[slot])
+            produce(steps, stages, copies)
 
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
-
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
     def entry(*refs):
         pl.run_scoped(
             lambda *scratch: body(*refs, scratch=scratch),
             (
-                plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
-                plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
+                plgpu.SMEM((2, half, dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((2, half, dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((2, 3, half), jnp.float32),
-                plgpu.SMEM((stages, block_q, dim), dtype, transforms=transforms),
-                plgpu.SMEM((stages, block_q, dim), dtype, transforms=transforms),
+                plgpu.SMEM((stages, block_q, dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((stages, block_q, dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((stages, 3, block_q), jnp.float32),
                 plgpu.SMEM((2, half, dim), jnp.float32, transforms=wide),
                 plgpu.SMEM((2, half), jnp.float32),

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.config import HopperBlockSizes
-from pallas_kernels.gpu.forward import load_vector
+from pallas_kernels.gpu.pipeline import HALF_TILE, load_vector, produce
 from pallas_kernels.gpu.tiles import LOG2E, Rows
 
 
@@ -112,34 +112,25 @@ def query_gradient(
         def _produce():
             plgpu.set_max_registers(40, action="decrease")
 
-            @pl.loop(0, count)
-            def _(number):
-                slot = lax.rem(number, jnp.int32(stages))
+            def copies(number):
                 at = pl.ds(base + jnp.where(number < carried, number, number + skipped) * block_k, block_k)
-                sources = (
+                return (
                     (k_ref.at[item, at, kv_head], k_smem, k_full, k_free),
                     (meta_ref.at[item, kv_head, :, at], meta_smem, meta_full, meta_free),
                     (v_ref.at[item, at, kv_head], v_smem, v_full, v_free),
                 )
-                for source, target, ready, free in sources:
 
-                    @pl.when(number >= stages)
-                    def _(free=free):
-                        plgpu.barrier_wait(free.at[slot])
-
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
-
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+            produce(count, stages, copies)
 
     def entry(*refs):
         pl.run_scoped(
             lambda *scratch: body(*refs, scratch=scratch),
             (
-                plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
-                plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
+                plgpu.SMEM((2, half, dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((2, half, dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((2, 3, half), jnp.float32),
-                plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),
-                plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),
+                plgpu.SMEM((stages, block_k, dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((stages, block_k, dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((stages, 3, block_k), jnp.float32),
             ),
             (

@@ -8,8 +8,6 @@ schedule of FlashAttention-3, arXiv 2407.08608).
 
 from __future__ import annotations
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,19 +16,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.config import HopperBlockSizes
+from pallas_kernels.gpu.pipeline import HALF_TILE, load_vector, produce
 from pallas_kernels.gpu.tiles import LOG2E, Rows
 
 # Where nothing has been seen yet: finite, so that differences of it are 0 and not NaN.
 NOTHING = -1e30
-
-
-# Until JAX 0.11 `load` takes an index.
-_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-
-
-def load_vector(ref, layout):
-    """A vector of shared memory in a reduced matrix layout, each element to the threads that hold its column."""
-    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
 def attend(
@@ -153,32 +143,23 @@ def attend(
         def _produce():
             plgpu.set_max_registers(40, action="decrease")
 
-            @pl.loop(0, count)
-            def _(number):
-                slot = lax.rem(number, jnp.int32(stages))
+            def copies(number):
                 at = slots_of(number)
-                sources = (
+                return (
                     (k_ref.at[item, at, kv_head], k_smem, k_full, k_free),
                     (meta_ref.at[item, kv_head, :, at], meta_smem, meta_full, meta_free),
                     (v_ref.at[item, at, kv_head], v_smem, v_full, v_free),
                 )
-                for source, target, ready, free in sources:
 
-                    @pl.when(number >= stages)
-                    def _(free=free):
-                        plgpu.barrier_wait(free.at[slot])
-
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
-
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+            produce(count, stages, copies)
 
     def entry(*refs):
         pl.run_scoped(
             lambda *scratch: body(*refs, scratch=scratch),
             (
-                plgpu.SMEM((2, half, dim), dtype, transforms=transforms),
-                plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),
-                plgpu.SMEM((stages, block_k, dim), dtype, transforms=transforms),
+                plgpu.SMEM((2, half, dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((stages, block_k, dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((stages, block_k, dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((stages, 3, block_k), jnp.float32),
                 plgpu.SMEM((2, 2, half), jnp.float32),
             ),

@@ -64,20 +64,27 @@ def isolate_non_finite(rows: Rows) -> Rows:
     )
 
 
-class ListBlocks:
+class _Blocks:
+    """A walk over `capacity` slots in blocks of `size`; the last one is pushed back to end with the slots."""
+
+    def __init__(self, key, value, bias, intervals: Intervals, capacity: int, block_k: int):
+        self.arrays = (key, value, bias)
+        self.intervals = intervals
+        self.capacity = capacity
+        self.size = min(block_k, capacity)
+        self.count = -(-capacity // self.size)
+
+    def first_slot(self, block: Int32[Array, ""]) -> Int32[Array, ""]:
+        return jnp.minimum(block * self.size, self.capacity - self.size)
+
+
+class ListBlocks(_Blocks):
     """Blocks of an epoch's gathered list."""
 
     def __init__(self, key, value, bias, intervals: Intervals, blocks: BlockSizes):
         assert intervals.lists is not None
         self.lists = intervals.lists
-        self.arrays = (key, value, bias)
-        self.intervals = intervals
-        self.capacity = self.lists.index.shape[-1]
-        self.size = min(blocks.block_k, self.capacity)
-        self.count = -(-self.capacity // self.size)
-
-    def first_slot(self, block: Int32[Array, ""]) -> Int32[Array, ""]:
-        return jnp.minimum(block * self.size, self.capacity - self.size)
+        super().__init__(key, value, bias, intervals, self.lists.index.shape[-1], blocks.block_k)
 
     def _index(self, epoch: Epoch, block: Int32[Array, ""]) -> Int32[Array, "B K c"]:
         lists = jax.lax.dynamic_index_in_dim(self.lists.index, epoch.number, axis=2, keepdims=False)
@@ -97,15 +104,11 @@ class ListBlocks:
         return isolate_non_finite(Rows(key, value, bias, start, end))
 
 
-class IdentityBlocks:
+class IdentityBlocks(_Blocks):
     """Blocks of all keys in their own order."""
 
     def __init__(self, key, value, bias, intervals: Intervals, blocks: BlockSizes):
-        self.arrays = (key, value, bias)
-        self.intervals = intervals
-        self.capacity = key.shape[1]
-        self.size = min(blocks.block_k, self.capacity)
-        self.count = -(-self.capacity // self.size)
+        super().__init__(key, value, bias, intervals, key.shape[1], blocks.block_k)
         # Bounds of each block over all its rows that are ever visible, so that blocks are skipped unread.
         alive = intervals.start < intervals.end
         block = jnp.arange(self.capacity) // self.size
@@ -113,9 +116,6 @@ class IdentityBlocks:
         latest = jnp.where(alive, intervals.end, 0).max((0, 1))
         self.earliest = jax.ops.segment_min(earliest, block, self.count, indices_are_sorted=True)
         self.latest = jax.ops.segment_max(latest, block, self.count, indices_are_sorted=True)
-
-    def first_slot(self, block: Int32[Array, ""]) -> Int32[Array, ""]:
-        return jnp.minimum(block * self.size, self.capacity - self.size)
 
     def visited(self, epoch: Epoch, block: Int32[Array, ""]) -> Bool[Array, ""]:
         return (self.earliest[block] < epoch.first + epoch.size) & (self.latest[block] > epoch.first)
