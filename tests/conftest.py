@@ -1,10 +1,11 @@
-"""Test session set-up: run-time shape checks, and one logged random seed for the property tests."""
+"""Test session set-up: run-time shape checks, quick compilation, one logged random seed for the property tests."""
 
 from __future__ import annotations
 
 import os
 import secrets
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -26,6 +27,17 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = os.environ.setdefault("DMATTN_TEST_SEED", str(secrets.randbits(32)))
     if config.getoption("hypothesisseed", None) is None:
         config.option.hypothesisseed = int(seed)
+    # The default tests are nearly all compilation, so they compile without optimisation; the slow ones compile as a user
+    # does. Workers and child processes inherit this; whoever sets XLA_FLAGS decides for himself.
+    if "not slow" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Thousands of programs would otherwise stay mapped, and Linux limits a process's mappings."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
