@@ -27,8 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = os.environ.setdefault("DMATTN_TEST_SEED", str(secrets.randbits(32)))
     if config.getoption("hypothesisseed", None) is None:
         config.option.hypothesisseed = int(seed)
-    # The default tests are nearly all compilation, so they compile without optimisation; the slow ones compile as a user
-    # does. Workers and child processes inherit this; whoever sets XLA_FLAGS decides for himself.
+    # The default tests are nearly all compilation, so they compile without optimisation; the slow ones compile as a
+    # user does. Workers and child processes inherit this; whoever sets XLA_FLAGS decides for himself.
     if "not slow" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
