@@ -1,0 +1,9 @@
+"""The Mosaic TPU implementation."""
+
+from pallas_kernels.contract import Implementation
+from pallas_kernels.tpu.config import block_sizes, unavailable, unsupported
+from pallas_kernels.tpu.passes import backward, forward
+
+MOSAIC_TPU = Implementation("mosaic_tpu", forward, backward, block_sizes, unavailable, unsupported)
+
+__all__ = ["MOSAIC_TPU"]
