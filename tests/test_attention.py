@@ -26,14 +26,25 @@ from reference import (
 from dmattn_jax.attention import causal_attention, dynamic_mask_attention, sliding_window_attention
 from dmattn_jax.oracle import visible_keys_oracle
 from pallas_kernels import IMPLEMENTATIONS
+from pallas_kernels.tpu.config import interpreted
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+def everywhere(name: str):
+    """TPU kernels are interpreted where there is no TPU, which takes long."""
+    interprets = name == "mosaic_tpu" and jax.default_backend() != "tpu"
+    return pytest.param(name, marks=pytest.mark.slow) if interprets else name
+
+
+@pytest.fixture(params=map(everywhere, IMPLEMENTATIONS))
 def implementation(request):
+    if request.param == "mosaic_tpu" and jax.default_backend() != "tpu":
+        with interpreted():
+            yield request.param
+        return
     reason = IMPLEMENTATIONS[request.param].unavailable()
     if reason is not None:
         pytest.skip(reason)
-    return request.param
+    yield request.param
 
 
 def some_slow(quick: list[int], long: list[int]) -> list:

@@ -212,7 +212,7 @@ def test_plan_for_a_mesh_larger_than_this_machine(tmp_path):
 
 def test_plan_of_one_device_is_exact(tmp_path):
     config = small_config(tmp_path)
-    plan = compile_step(config)
+    plan, _ = compile_step(config)
     assert plan.parameters == 4 * config.model.num_parameters()
     assert plan.batch == 3 * 4 * 4 * 29
     assert f"{config.model.num_parameters() / 1e6:,.2f} M" in describe(config, plan)

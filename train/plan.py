@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from train import config_json
@@ -69,8 +70,11 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
     return MemoryPlan(**json.loads(child.stdout.splitlines()[-1]))
 
 
-def compile_step(config: TrainConfig) -> MemoryPlan:
-    """The plan for this process's devices. Nothing of the model is allocated."""
+def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> tuple[MemoryPlan, Any]:
+    """The plan for this process's devices, or for those of a topology that is not here, and the compiled step.
+
+    Nothing of the model is allocated.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -79,7 +83,7 @@ def compile_step(config: TrainConfig) -> MemoryPlan:
     from train.parameters import make_skeleton
     from train.resolve import resolve
 
-    device_mesh = mesh.make_mesh(config.mesh)
+    device_mesh = mesh.make_mesh(config.mesh, devices)
     shards = mesh.batch_shards(device_mesh)
     numbers = resolve(config, shards)
     mesh.check_batch(numbers.batch_size, config.accumulate, shards)
@@ -94,8 +98,8 @@ def compile_step(config: TrainConfig) -> MemoryPlan:
         )
         batch = dict.fromkeys(("tokens", "targets", "segment_ids"), row)
         train_step = step.make_train_step(skeleton, optimizer, schedule, state, device_mesh, config.accumulate)
-        memory = train_step.lower(state, batch).compile().memory_analysis()
-    return MemoryPlan(
+        compiled = train_step.lower(state, batch).compile()
+    plan = MemoryPlan(
         devices=device_mesh.size,
         batch_size=numbers.batch_size,
         steps=numbers.steps,
@@ -104,8 +108,9 @@ def compile_step(config: TrainConfig) -> MemoryPlan:
         parameters=bytes_on_a_device(state.params),
         optimizer=bytes_on_a_device(state.optimizer),
         batch=bytes_on_a_device(batch),
-        temporary=memory.temp_size_in_bytes,
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
     )
+    return plan, compiled
 
 
 def bytes_on_a_device(tree: Any) -> int:
@@ -158,7 +163,7 @@ def _days(total: float) -> str:
 
 def main() -> int:
     try:
-        result = compile_step(config_json.from_json(sys.stdin.read(), "the configuration"))
+        result, _ = compile_step(config_json.from_json(sys.stdin.read(), "the configuration"))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

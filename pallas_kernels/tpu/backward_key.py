@@ -37,7 +37,7 @@ def key_gradients(
 
     stats as in `query_gradient`.
     """
-    batch, kv_heads, group, queries, dim = query.shape
+    batch, kv_heads, group, _, dim = query.shape
     blocks, capacity = rows.key.shape[2:4]
     block_q = sizes.block_q
     count = group * block_q

@@ -6,13 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.contract import BlockSizes
+
+Semantics: TypeAlias = Literal["parallel", "arbitrary"]
 
 LANES = 128
 """Lanes of a vector register: keys of one tile, and what every row of scalars is a multiple of."""
@@ -27,6 +29,7 @@ _DEFAULT_VMEM = 16 << 20
 _TILE_BYTES = 8 << 20
 
 _interpreted: ContextVar[Any] = ContextVar("interpreted", default=False)
+_target: ContextVar[str | None] = ContextVar("target", default=None)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ def block_sizes(queries: int, keys: int, window: int, head_dim: int) -> TpuBlock
     Long epochs move each carried row less often; the lists of one must fit in VMEM together with the float32
     gradients of its rows. Raises: ValueError for a window whose lists do not fit at any size.
     """
-    kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
-    room = _VMEM.get(kind, _SMALLEST_VMEM) << 20
+    kind = _device_kind()
+    room = _VMEM.get(kind or "", _SMALLEST_VMEM) << 20
     epoch = min(max(512, _round_up(window, 256)), 2048, _round_up(queries, LANES))
     carried = _round_up(window, 512)
     while epoch > 256 and list_bytes(carried + epoch, carried, head_dim) > room // 2:
@@ -76,8 +79,8 @@ def list_bytes(slots: int, carried: int, head_dim: int) -> int:
 
 
 def unavailable() -> str | None:
-    """None on a TPU, and where kernels are interpreted; else what is missing."""
-    if interpret_mode() is not False or jax.default_backend() == "tpu":
+    """None on a TPU, where kernels are interpreted, and where programs are compiled for a TPU; else what is missing."""
+    if interpret_mode() is not False or _device_kind() is not None:
         return None
     return f"it needs a TPU, and the default backend is {jax.default_backend()}"
 
@@ -108,7 +111,25 @@ def interpret_mode() -> Any:
     return _interpreted.get()
 
 
-def compiler_params(*semantics: str, vmem: int = 0) -> pltpu.CompilerParams:
+@contextlib.contextmanager
+def compiling_for(device_kind: str) -> Iterator[None]:
+    """Choose and size the TPU kernels for a TPU that is not there (`jax.experimental.topologies`), by its
+    `device_kind`. What is traced inside can be compiled for it, not run."""
+    token = _target.set(device_kind)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def _device_kind() -> str | None:
+    """The TPU that programs are for; None where that is another device."""
+    if _target.get() is not None:
+        return _target.get()
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+
+
+def compiler_params(*semantics: Semantics, vmem: int = 0) -> pltpu.CompilerParams:
     """Grid dimensions that may run in any order are "parallel": chips of two cores share them.
 
     vmem: bytes of the rows a kernel keeps; beyond what the compiler grants by default, room is asked for.

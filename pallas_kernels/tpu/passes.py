@@ -49,15 +49,15 @@ def backward(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"], Float[Array, "B S K"]]:
     """`contract.Backward`; rows are streamed again rather than kept."""
     assert isinstance(blocks, TpuBlockSizes)
-    (batch, queries, _, dim), (length, kv_heads) = query.shape, key.shape[1:3]
+    (_, queries, _, dim), (length, kv_heads) = query.shape, key.shape[1:3]
     lists = intervals.lists
     rows = lay_rows(key, value, bias, intervals, queries=queries, sizes=blocks)
     padded = padded_length(queries, blocks, rows.listed)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     inverse = 1 / jnp.where(normalizer.total == 0, 1, normalizer.total)
-    stats = [by_tile(array, kv_heads, blocks, padded) for array in (normalizer.shift * LOG2E, inverse, delta)]
+    three = [by_tile(array, kv_heads, blocks, padded) for array in (normalizer.shift * LOG2E, inverse, delta)]
     # Eight rows: a whole tile of registers.
-    stats = jnp.stack([*stats, *[jnp.zeros_like(stats[0])] * 5], axis=3)
+    stats = jnp.stack([*three, *[jnp.zeros_like(delta, shape=three[0].shape)] * 5], axis=3)
     query, dout = (by_head(array, kv_heads, padded) for array in (query, dout))
     dquery = query_gradient(query, dout, stats, rows, scale=scale, sizes=blocks)
     entry_slot = None if lists is None else own_entries(lists, length - queries, padded)
@@ -86,7 +86,7 @@ def backward(
 
 def lay_rows(key, value, bias, intervals: Intervals, *, queries: int, sizes: TpuBlockSizes) -> Rows:
     """The rows of every epoch's list, or all keys in blocks of `chunk`, with scalars relative to their queries."""
-    batch, length, kv_heads, dim = key.shape
+    batch, length, kv_heads = key.shape[:3]
     lists, offset = intervals.lists, length - queries
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     bias = jnp.moveaxis(jnp.where(finite, bias.astype(jnp.float32) * LOG2E, jnp.nan), 2, 1)
@@ -117,10 +117,12 @@ def lay_rows(key, value, bias, intervals: Intervals, *, queries: int, sizes: Tpu
         first = lists.index[:, :, 0, : lists.carried]
         initial = (take(key, first), take(value, first), jnp.moveaxis(take(jnp.moveaxis(planes, 2, 3), first), 3, 2))
     padded = padded_length(queries, sizes, True)
-    own = [jnp.pad(array[:, :, offset:], [(0, 0), (0, 0), (0, padded - queries), (0, 0)]) for array in (key, value)]
+    own_key, own_value = (
+        jnp.pad(array[:, :, offset:], [(0, 0), (0, 0), (0, padded - queries), (0, 0)]) for array in (key, value)
+    )
     planes = jnp.pad(planes[..., offset:], [(0, 0), (0, 0), (0, 0), (0, padded - queries)])
     entry_slot = own_entries(lists, offset, padded)
-    key, value, planes = stream_rows(*own, planes, lists, entry_slot, initial)
+    key, value, planes = stream_rows(own_key, own_value, planes, lists, entry_slot, initial)
     scalars = from_planes(planes)
     first = jnp.arange(padded // lists.epoch_size, dtype=jnp.int32)[:, None, None] * lists.epoch_size
     begin, end = (jnp.clip(scalars[..., row : row + 1, :] - first, 0, lists.epoch_size) for row in (2, 1))

@@ -1,0 +1,95 @@
+"""Compiles programs for TPUs that are not there, a JSON line of each: `python tpu_programs.py WHAT TOPOLOGY …`.
+
+A process of its own, because the TPU compiler is configured by the environment before JAX starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from dmattn_jax.attention import dynamic_mask_attention
+from pallas_kernels.tpu.config import compiling_for
+
+KERNELS = "tpu_custom_call"
+
+
+def topology_devices(name: str) -> list:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def report(name: str, compiled, **more) -> None:
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    print(
+        json.dumps(
+            {
+                "topology": name,
+                "kernels": text.count(f'custom_call_target="{KERNELS}"'),
+                "scatters": text.count(" scatter("),
+                "temporary": memory.temp_size_in_bytes,
+                "arguments": memory.argument_size_in_bytes,
+                **more,
+            }
+        ),
+        flush=True,
+    )
+
+
+def attention(name: str, length: int, *, dim: int = 128, dtype: str = "bfloat16", window: int = 1024) -> None:
+    """Forward and backward, 32 query heads and 8 kv heads, gates to gradients."""
+    device = topology_devices(name)[0]
+
+    def both(query, key, value, gate, cotangent):
+        def attend(*arrays):
+            return dynamic_mask_attention(*arrays, window=window, implementation="mosaic_tpu")
+
+        out, pull = jax.vjp(attend, query, key, value, gate)
+        return out, pull(cotangent)
+
+    query = jax.ShapeDtypeStruct((1, length, 32, dim), dtype)
+    key = jax.ShapeDtypeStruct((1, length, 8, dim), dtype)
+    gate = jax.ShapeDtypeStruct((1, length, 8), jnp.float32)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    with compiling_for(device.device_kind):
+        traced = jax.jit(both, in_shardings=sharding, out_shardings=sharding).trace(query, key, key, gate, query)
+    report(name, traced.lower().compile(), length=length, dim=dim, dtype=dtype)
+
+
+def training(name: str, preset: str, tensor: int) -> None:
+    """A whole training step of a preset on four chips, fsdp × tensor."""
+    from configs import PRESETS
+    from train.config import MeshConfig
+    from train.plan import compile_step
+
+    devices = topology_devices(name)[:4]
+    preset_config = PRESETS[preset]
+    config = replace(
+        preset_config,
+        model=replace(preset_config.model, remat=True),
+        batch_size=32,
+        mesh=MeshConfig(data=1, fsdp=4 // tensor, tensor=tensor),
+    )
+    with compiling_for(devices[0].device_kind):
+        plan, compiled = compile_step(config, devices)
+    report(name, compiled, preset=preset, parameters=plan.parameters, optimizer=plan.optimizer, batch=plan.batch_size)
+
+
+if __name__ == "__main__":
+    what, topology, *rest = sys.argv[1:]
+    if what == "attention":
+        for length in rest or ["32768"]:
+            attention(topology, int(length))
+    elif what == "shapes":
+        for dim, dtype in ((64, "bfloat16"), (96, "float32"), (256, "bfloat16")):
+            attention(topology, 4096, dim=dim, dtype=dtype, window=512)
+    else:
+        training(topology, rest[0], int(rest[1]))
