@@ -38,7 +38,7 @@ def from_planes(planes: Float[Array, "*n 16 N"]) -> Int32[Array, "*n 3 N"]:
 
 
 def tile_ranges(slot: Int32[Array, "*n N"], first: int, until: int) -> Int32[Array, "*n 2 tiles"]:
-    """For each tile of entries, the tiles of slots [first, until) that any of them names: from, and to (exclusive)."""
+    """For each LANES entries, the tiles of slots within [first, until) that any of them names: from, to."""
     by_tile = slot.reshape(*slot.shape[:-1], -1, LANES)
     named = (by_tile >= first) & (by_tile < until)
     low = jnp.where(named, by_tile, until).min(-1) // LANES
