@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import importlib.util
 import os
 import secrets
 
@@ -27,6 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = os.environ.setdefault("DMATTN_TEST_SEED", str(secrets.randbits(32)))
     if config.getoption("hypothesisseed", None) is None:
         config.option.hypothesisseed = int(seed)
+    # The TPU compiler is installed for the tests that compile; without a TPU, looking for one only costs messages and a
+    # lock that other processes may hold.
+    if importlib.util.find_spec("libtpu") and not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # The default tests are nearly all compilation, so they compile without optimisation; the slow ones compile as a
     # user does. Workers and child processes inherit this; whoever sets XLA_FLAGS decides for himself.
     if "not slow" in config.option.markexpr:

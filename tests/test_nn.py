@@ -168,6 +168,21 @@ def test_gate_is_the_equation_and_picks_the_reference_keys():
     np.testing.assert_array_equal(picked, wanted)
 
 
+def test_a_gate_step_asks_for_a_margin():
+    """δ in multiples of the step, its gradient untouched; where a coarse step ties all, a sliding window."""
+    exact, stepped = (trained(make("dma", gate_step=step)) for step in (0.0, 0.25))
+    x = jnp.asarray(inputs())
+    np.testing.assert_array_equal(stepped.gates(x), 0.25 * np.round(np.asarray(exact.gates(x)) / 0.25))
+    slopes = [nnx.grad(lambda layer: layer.gates(x).sum())(layer)["gate"]["delta"][...] for layer in (exact, stepped)]
+    np.testing.assert_array_equal(*slopes)
+    assert np.abs(slopes[0]).max() > 0
+    sliding, coarse = make("swa"), make("dma", gate_step=1e9)
+    nnx.update(sliding, nnx.state(coarse, lambda path, _: "gate" not in path))
+    np.testing.assert_allclose(sliding(x), coarse(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="gate_step must be >= 0"):
+        make("dma", gate_step=-0.5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("features", [1, 37, 256, 1031])
 def test_gate_sums_have_the_same_bits_for_any_number_of_rows(features, dtype):

@@ -148,13 +148,24 @@ def _train(args: Sequence[str]) -> int:
 
 
 def _initialize_distributed() -> None:
-    """Joins the other processes where the environment says that there are some (JAX_COORDINATOR_ADDRESS)."""
+    """Joins the other processes where the environment says that there are some.
+
+    JAX_COORDINATOR_ADDRESS says so; on clusters that JAX does not know, JAX_NUM_PROCESSES and JAX_PROCESS_ID say which.
+    """
     import os
 
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        import jax
+    if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        return
+    import jax
 
-        jax.distributed.initialize()
+    given = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    try:
+        numbers = {field: int(os.environ[name]) for field, name in given.items() if name in os.environ}
+        jax.distributed.initialize(**numbers)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(
+            f"JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be integers too ({error})"
+        ) from None
 
 
 def _plan(args: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ class DogeConfig:
 
     attention: `dma` (dynamic mask), `swa` (sliding window of the same budget), `mha` (dense causal).
     window: keys a query sees (`dma`, `swa`); an int, or one per kv head.
+    gate_step: margin in δ by which an older key must beat a later one (`dma`); 0 is the paper.
     num_experts: 0 for a dense SwiGLU MLP; otherwise a square number of single-neuron experts (CDMoE) is added.
     dtype: compute dtype; parameters stay in param_dtype.
     remat: keep only the residual stream of each layer for the backward pass, and compute the rest again.
@@ -33,6 +34,7 @@ class DogeConfig:
     attention: AttentionKind = "dma"
     window: int | tuple[int, ...] = 1024
     gate_activation: GateActivation = "exp"
+    gate_step: float = 0.0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
@@ -79,6 +81,8 @@ class DogeConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.gate_step < math.inf:
+            raise ValueError(f"gate_step must be >= 0 and finite, got {self.gate_step}")
         if not self.balance_loss_weight >= 0:
             raise ValueError(f"balance_loss_weight must be >= 0, got {self.balance_loss_weight}")
 

@@ -203,4 +203,6 @@ def _attention(config: DogeConfig, numeric: dict[str, Any], rngs: nnx.Rngs) -> A
         return nn.MultiHeadAttention(*shape, **common)
     if config.attention == "swa":
         return nn.SlidingWindowAttention(*shape, window=config.window, **common)
-    return nn.DynamicMaskAttention(*shape, window=config.window, gate_activation=config.gate_activation, **common)
+    return nn.DynamicMaskAttention(
+        *shape, window=config.window, gate_activation=config.gate_activation, gate_step=config.gate_step, **common
+    )

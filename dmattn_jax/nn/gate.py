@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Literal
 
 import jax
@@ -25,6 +27,10 @@ class DynamicMaskGate(nnx.Module):
     The choice of keys is discrete: a gate that rounds differently in training, prefill and decoding picks other
     keys. So δ is float32, from the values as rounded to the compute dtype (what a cache holds), by a sum that has
     the same bits for any number of rows and any mesh (`exact_row_products`).
+
+    step: 0 is the paper. Above 0, δ is rounded to a multiple of it, and its gradient passes as if it were not: keys
+    whose δ differ by less are equal, so the later one wins, and a key must earn its place by a margin. With step 0
+    the first update breaks all ties, however little gates differ, and heads forget the last few keys.
     """
 
     def __init__(
@@ -33,21 +39,38 @@ class DynamicMaskGate(nnx.Module):
         head_dim: int,
         *,
         activation: GateActivation = "exp",
+        step: float = 0.0,
         init_std: float = 0.02,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if activation not in ("exp", "linear"):
             raise ValueError(f"gate_activation must be 'exp' or 'linear', got {activation!r}")
+        if not 0 <= step < math.inf:
+            raise ValueError(f"gate_step must be >= 0 and finite, got {step}")
         self.A = parameter(jnp.zeros(num_kv_heads, param_dtype), ("kv_heads",))
         # [K, K·D]: one row a head, so that the sum runs along memory.
         self.delta = parameter(
             normal(rngs, (num_kv_heads, num_kv_heads * head_dim), init_std, param_dtype), ("kv_heads", None)
         )
         self.activation = activation
+        self.step = step
 
     def __call__(self, value: Float[Array, "B S K D"]) -> Float[Array, "B S K"]:
         rows = value.reshape(*value.shape[:2], -1)
         score = exact_row_products(rows, self.delta[...].astype(jnp.float32))
         exponent = self.A[...].astype(jnp.float32) * jax.nn.softplus(score)
-        return jnp.exp(exponent) if self.activation == "exp" else exponent
+        gate = jnp.exp(exponent) if self.activation == "exp" else exponent
+        if not self.step:
+            return gate
+        return _round_straight_through(gate, self.step)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _round_straight_through(gate: Float[Array, "B S K"], step: float) -> Float[Array, "B S K"]:
+    return step * jnp.round(gate / step)
+
+
+@_round_straight_through.defjvp
+def _pass_gradient(step, primals, tangents):
+    return _round_straight_through(primals[0], step), tangents[0]
