@@ -68,7 +68,7 @@ def test_lists(gate, segments, queries):
             assert slot == capacity
 
 
-@pytest.mark.parametrize("window", [1, 2, 16, 52])
+@pytest.mark.parametrize("window", [1, 16, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 52))])
 @pytest.mark.parametrize("epoch", [1, 3, 64])
 def test_every_window_and_epoch_fits(window, epoch):
     """The lists hold all pairs at the extremes: nothing is cut off where every slot is taken."""

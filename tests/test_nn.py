@@ -184,7 +184,7 @@ def test_a_gate_step_asks_for_a_margin():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("features", [1, 37, 256, 1031])
+@pytest.mark.parametrize("features", [1, 37, *(pytest.param(size, marks=pytest.mark.slow) for size in (256, 1031))])
 def test_gate_sums_have_the_same_bits_for_any_number_of_rows(features, dtype):
     random = np.random.default_rng(features)
     rows = jnp.asarray(random.normal(size=(3, 67, features)), dtype)
@@ -201,7 +201,7 @@ def test_gate_sums_have_the_same_bits_for_any_number_of_rows(features, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("features", [23, 256, 1031])
+@pytest.mark.parametrize("features", [23, *(pytest.param(size, marks=pytest.mark.slow) for size in (256, 1031))])
 def test_norms_and_values_have_the_same_bits_for_any_number_of_rows(features, dtype):
     random = np.random.default_rng(features)
     # Rows and columns of very different sizes, and a row of zeros.
