@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dmattn_jax.models.field_checks import check_decoder
+from dmattn_jax.models.field_checks import at_least, check_decoder
 from dmattn_jax.nn.rope import FactorsRope, RopeScaling
 
 
@@ -14,6 +14,7 @@ class LlamaConfig:
     """Shape of a dense causal decoder: Llama 2 and 3, SmolLM2 (the defaults are its 135M), Qwen3.
 
     head_dim: stands alone: num_heads · head_dim need not be hidden_size.
+    max_position_embeddings: tokens of context that the model was trained for; it is told, not enforced.
     qk_norm: RMSNorm of every head's query and key (Qwen3).
     attention_bias: biases of the four attention projections.
     rope_scaling: how the rotary frequencies are changed for longer contexts; None leaves them.
@@ -30,6 +31,7 @@ class LlamaConfig:
     num_heads: int = 9
     num_kv_heads: int = 3
     head_dim: int = 64
+    max_position_embeddings: int = 8192
     qk_norm: bool = False
     attention_bias: bool = False
     rope_theta: float = 100_000.0
@@ -46,6 +48,7 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         check_decoder(self)
+        at_least("max_position_embeddings", self.max_position_embeddings, 1)
         scaling = self.rope_scaling
         if isinstance(scaling, FactorsRope) and len(scaling.factors) != self.head_dim // 2:
             raise ValueError(

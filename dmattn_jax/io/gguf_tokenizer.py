@@ -1,0 +1,138 @@
+"""The tokenizer inside a GGUF file, as one of the tokenizers library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
+
+from dmattn_jax.io.errors import CheckpointFormatError
+from dmattn_jax.io.gguf_file import GgufFile
+from dmattn_jax.io.json_fields import Fields
+from dmattn_jax.io.tokenizers import FileTokenizer
+
+KEY = "tokenizer.ggml."
+CONTROL, USER_DEFINED = 3, 4
+"""Token types: special tokens, and plain text that is never cut."""
+
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+"""`pre` kinds that take digits one by one before GPT-2's own rule."""
+
+PATTERNS = {
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""How text is cut before merging, by `pre` kind."""
+
+
+def read_gguf_tokenizer(path: Path) -> FileTokenizer:
+    """Byte-level BPE from the vocabulary and merges of the file, with its chat template.
+
+    Raises: CheckpointFormatError where there is no such tokenizer, or it contradicts itself; names the key.
+    """
+    file = GgufFile(path)
+    fields = Fields(file.metadata, str(path))
+    kind = fields.text(f"{KEY}model")
+    if kind != "gpt2":
+        raise CheckpointFormatError(
+            f"{path}: {KEY}model must be gpt2 (byte-level BPE), got {kind!r:.80}: "
+            "use the tokenizer.json of the model from which the file was made"
+        )
+    tokens = _texts(fields, f"{KEY}tokens")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        raise CheckpointFormatError(f"{path}: {KEY}tokens has {len(tokens) - len(vocabulary)} tokens twice")
+    rows = file.shape("token_embd.weight")[0] if "token_embd.weight" in file.names() else len(tokens)
+    if len(tokens) > rows:
+        raise CheckpointFormatError(f"{path}: {KEY}tokens has {len(tokens)} tokens, token_embd.weight {rows} rows")
+    try:
+        model = tokenizers.models.BPE(vocab=vocabulary, merges=_merges(fields, vocabulary))
+    except Exception as error:  # the library raises Exception itself, nothing narrower
+        raise CheckpointFormatError(f"{path}: {KEY}merges is not a list of merges: {error}") from None
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = _pre_tokenizer(fields)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    _add_special_tokens(backend, tokens, fields)
+    named = {
+        role: tokens[index]
+        for role, index in (("bos_token", _special_id(fields, "bos", tokens)), ("eos_token", _eos(fields, tokens)))
+        if index is not None
+    }
+    try:
+        return FileTokenizer(backend.to_str(), named, fields.text("tokenizer.chat_template", None))
+    except ValueError as error:
+        raise CheckpointFormatError(f"{path}: {error}") from None
+
+
+def _texts(fields: Fields, name: str) -> list[str]:
+    texts = fields.get(name, list)
+    if not texts or not isinstance(texts[0], str):
+        raise CheckpointFormatError(f"{fields.source}: {name} must be a list of strings")
+    return texts
+
+
+def _merges(fields: Fields, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in _texts(fields, f"{KEY}merges"):
+        left, space, right = merge.partition(" ")
+        if not space or left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise CheckpointFormatError(
+                f"{fields.source}: {KEY}merges must join two tokens to a third, got {merge!r:.200}"
+            )
+        merges.append((left, right))
+    return merges
+
+
+def _pre_tokenizer(fields: Fields) -> Any:
+    pre = tokenizers.pre_tokenizers
+    kind = fields.text(f"{KEY}pre", "default")
+    space = fields.flag(f"{KEY}add_space_prefix", False)
+    if kind in SINGLE_DIGITS:
+        return pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=space)])
+    if kind in PATTERNS:
+        split = pre.Split(tokenizers.Regex(PATTERNS[kind]), "isolated")
+        return pre.Sequence([split, pre.ByteLevel(add_prefix_space=space, use_regex=False)])
+    if kind == "gpt-2":
+        return pre.ByteLevel(add_prefix_space=space)
+    known = ", ".join((*SINGLE_DIGITS, *PATTERNS, "gpt-2"))
+    raise CheckpointFormatError(
+        f"{fields.source}: {KEY}pre must be one of {known}, got {kind!r:.80}: "
+        "use the tokenizer.json of the model from which the file was made"
+    )
+
+
+def _add_special_tokens(backend: tokenizers.Tokenizer, tokens: list[str], fields: Fields) -> None:
+    kinds = fields.get(f"{KEY}token_type", np.ndarray, None)
+    if kinds is None:
+        return
+    if len(kinds) != len(tokens):
+        raise CheckpointFormatError(
+            f"{fields.source}: {KEY}token_type must have one entry for each of {len(tokens)} tokens, got {len(kinds)}"
+        )
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        chosen = [
+            tokenizers.AddedToken(tokens[index], special=special, normalized=False)
+            for index in np.flatnonzero(kinds == kind)
+        ]
+        (backend.add_special_tokens if special else backend.add_tokens)(chosen)
+
+
+def _special_id(fields: Fields, role: str, tokens: list[str]) -> int | None:
+    name = f"{KEY}{role}_token_id"
+    index = fields.get(name, int, None)
+    if index is not None and not 0 <= index < len(tokens):
+        raise CheckpointFormatError(f"{fields.source}: {name} must be below {len(tokens)}, got {index}")
+    return index
+
+
+def _eos(fields: Fields, tokens: list[str]) -> int | None:
+    """The token that ends an answer, where the file tells it apart from the one that ends a text."""
+    index = _special_id(fields, "eot", tokens)
+    return _special_id(fields, "eos", tokens) if index is None else index
