@@ -89,6 +89,7 @@ def test_greedy_generation_is_the_likeliest_token_each_time():
             row.append(token)
 
 
+@pytest.mark.slow
 def test_loss_has_gradients_for_every_parameter():
     model, ids = make(attention_bias=True, qk_norm=True, tie_embeddings=False, remat=True), tokens()
     graph, state = nnx.split(model)
