@@ -108,21 +108,20 @@ def write_doge_config(config: DogeConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
         "is_moe": config.num_experts > 0,
+        "num_experts_per_tok": config.num_experts_per_token,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": config.balance_loss_weight,
     }
     if config.num_experts:
-        content |= {
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.num_experts_per_token,
-            "norm_topk_prob": False,
-            "router_aux_loss_coef": config.balance_loss_weight,
-        }
+        content["num_experts"] = config.num_experts
     if not standard:
         content |= {
             "architectures": ["DmattnDogeForCausalLM"],
             "attention": config.attention,
             "gate_activation": config.gate_activation,
-            "windows": list(windows),
         }
+        if not isinstance(config.window, int):
+            content["windows"] = list(windows)
     return content
 
 
