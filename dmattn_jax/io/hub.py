@@ -29,7 +29,9 @@ def local_path(path_or_repo: str | os.PathLike[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*WANTED, *TEMPLATES]))
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=[*WANTED, *TEMPLATES], ignore_patterns=["*/*"])
+        )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = " ".join(str(error).split())
         raise HubError(

@@ -152,7 +152,8 @@ def save_pretrained(
     folder that has one is whole. One process only, which must see all devices of the model.
 
     Raises: ValueError on a model that is none of this library's, has what a config.json cannot say, or has a smaller
-    vocabulary than the tokenizer; OSError where the folder cannot be written.
+    vocabulary than the tokenizer, and on a folder whose config.json is of something else, a run for example; OSError
+    where the folder cannot be written.
     """
     family = next((one for one in (DOGE, LLAMA) if isinstance(model, one.model)), None)
     if family is None:
@@ -164,6 +165,8 @@ def save_pretrained(
         tokenizer.check_vocabulary(model.config.vocab_size)
         content |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     folder = Path(path).expanduser()
+    if (folder / "config.json").exists() and "model_type" not in read_json(folder / "config.json"):
+        raise ValueError(f"path must be a folder for a model: {folder / 'config.json'} is of something else")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     parameters = {_join(where): leaf[...] for where, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}

@@ -93,6 +93,14 @@ class ByteTokenizer:
             raise ValueError(f"ids must be >= 0, got {min(values)}")
         return bytes(value for value in values if value < BYTE_VALUES).decode(errors="replace")
 
+    def as_file(self) -> FileTokenizer:
+        """The same ids from a `tokenizer.json`: byte-level BPE without a merge."""
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_byte_letters(), merges=[]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens([END_OF_DOCUMENT])
+        return FileTokenizer(backend.to_str())
+
 
 class FileTokenizer:
     """A `tokenizer.json`, with the ids that begin and end a document found among its added tokens.
@@ -194,6 +202,19 @@ class FileTokenizer:
         if values and min(values) < 0:
             raise ValueError(f"ids must be >= 0, got {min(values)}")
         return str(self._backend.decode(values, skip_special_tokens=True))
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter by which byte-level BPE writes each byte: itself where it prints, or the next from U+0100 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, others = {}, 0x100
+    for byte in range(BYTE_VALUES):
+        if byte in printing:
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(others)] = byte
+            others += 1
+    return letters
 
 
 def _special_id(
