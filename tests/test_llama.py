@@ -59,7 +59,7 @@ def test_decoding_in_chunks_is_the_whole_sequence():
     model, ids = make(qk_norm=True, attention_bias=True), tokens()
     whole = np.asarray(logits_of(model, ids))
     cache, parts = model.init_cache(2, 13), []
-    for start, end in ((0, 5), (5, 6), (6, 13)):
+    for start, end in ((0, 6), (6, 7), (7, 13)):
         logits, cache = decode(model, ids[:, start:end], cache)
         parts.append(logits)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5)

@@ -119,7 +119,7 @@ def test_logits_and_padded_batches(pair, monkeypatch):
     monkeypatch.setattr(torch, "topk", later_of_equals)
     model, ours, _ = pair
     ids = token_ids()
-    assert_close(logits_of(ours, jnp.asarray(ids)), their_logits(model, ids))
+    assert_close(logits_of(ours, jnp.asarray(ids), jnp.ones(ids.shape, jnp.int32)), their_logits(model, ids))
     # the second row is shorter by four; rotary positions being relative, on the left too
     for tokens in (slice(0, 9), slice(4, 13)):
         mask = np.ones_like(ids)
@@ -127,7 +127,7 @@ def test_logits_and_padded_batches(pair, monkeypatch):
         mask[1, tokens] = 1
         real = mask.astype(bool)
         expected = their_logits(model, ids, mask)[real]
-        assert_close(np.asarray(logits_of(ours, jnp.asarray(ids), jnp.asarray(mask)))[real], expected)
+        assert_close(np.asarray(logits_of(ours, jnp.asarray(ids), jnp.asarray(mask, jnp.int32)))[real], expected)
 
 
 @pytest.mark.slow
