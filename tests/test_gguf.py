@@ -92,6 +92,10 @@ def test_tokenizer_and_chat_template(tmp_path):
     assert tokenizer.decode([2, 3, 8, 0]) == "ab b"
     assert tokenizer.chat_template.source == TEMPLATE
     assert tokenizer.encode_chat([{"role": "user", "content": "a b"}]) == [1, 2, 8, 0]
+    answers = write_gguf(
+        tmp_path / "chat.gguf", random_tensors(**SMALL), changed={"tokenizer.ggml.eot_token_id": 1}, **SMALL
+    )
+    assert load_pretrained_tokenizer(answers).eos_id == 1
     with pytest.raises(CheckpointFormatError, match=r"id 12, and the model's vocabulary has 9 rows"):
         load_pretrained_tokenizer(path, vocab_size=9)
 

@@ -67,13 +67,16 @@ def test_decoding_in_chunks_is_the_whole_sequence():
 
 def test_future_tokens_and_other_documents_leave_logits_alone():
     model, ids = make(), tokens()
-    before = np.asarray(logits_of(model, ids))
-    after = np.asarray(logits_of(model, ids.at[:, 7].add(1) % SMALL.vocab_size))
+    one, second, packed = (
+        jnp.asarray([row] * 2, jnp.int32) for row in ([1] * 13, [0] * 5 + [1] * 8, [1] * 5 + [2] * 8)
+    )
+    before = np.asarray(logits_of(model, ids, one))
+    after = np.asarray(logits_of(model, ids.at[:, 7].add(1) % SMALL.vocab_size, one))
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert (before[:, 7:] != after[:, 7:]).any()
-    packed = logits_of(model, ids, jnp.asarray([[1] * 5 + [2] * 8] * 2))
-    np.testing.assert_allclose(packed[:, :5], before[:, :5], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(packed[:, 5:], logits_of(model, ids[:, 5:]), rtol=1e-4, atol=1e-5)
+    together = logits_of(model, ids, packed)
+    np.testing.assert_allclose(together[:, :5], before[:, :5], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(together[:, 5:], logits_of(model, ids, second)[:, 5:], rtol=1e-4, atol=1e-5)
 
 
 def test_greedy_generation_is_the_likeliest_token_each_time():

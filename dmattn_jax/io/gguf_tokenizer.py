@@ -53,7 +53,11 @@ def read_gguf_tokenizer(path: Path) -> FileTokenizer:
     if len(tokens) > rows:
         raise CheckpointFormatError(f"{path}: {KEY}tokens has {len(tokens)} tokens, token_embd.weight {rows} rows")
     try:
-        model = tokenizers.models.BPE(vocab=vocabulary, merges=_merges(fields, vocabulary))
+        # Llama 3 takes a whole word that is a token as it is, whether merges lead to it or not.
+        whole = fields.text(f"{KEY}pre", "default") == "llama-bpe"
+        model = tokenizers.models.BPE(vocab=vocabulary, merges=_merges(fields, vocabulary), ignore_merges=whole)
+    except CheckpointFormatError:
+        raise
     except Exception as error:  # the library raises Exception itself, nothing narrower
         raise CheckpointFormatError(f"{path}: {KEY}merges is not a list of merges: {error}") from None
     backend = tokenizers.Tokenizer(model)

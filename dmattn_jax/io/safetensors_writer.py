@@ -31,8 +31,12 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard
 
     def flush() -> None:
         part = folder / f"part-{len(parts)}.safetensors.new"
+        # save_file makes a file that its owner alone can read; this is as any other
+        part.touch()
+        mode = part.stat().st_mode
         # transformers asks for the format before it opens a file
         save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(mode)
         parts.append((part, list(shard)))
         shard.clear()
 
