@@ -73,7 +73,7 @@ def read_doge_config(fields: Fields, numeric: dict[str, Any]) -> DogeConfig:
 
 
 def _rope_theta(fields: Fields) -> float:
-    rope = fields.nested("rope_parameters") or fields.nested("rope_scaling") or Fields({}, fields.source)
+    rope = fields.rope()
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind == "dynamic":
         length = fields.integer("max_position_embeddings", 2048)

@@ -85,6 +85,19 @@ class Fields:
         content = self.get(name, dict, None)
         return None if content is None else Fields(content, f"{self.source}: {name}")
 
+    def rope(self) -> Fields:
+        """The object that describes rotary positions: `rope_parameters` (transformers 5) or `rope_scaling` (before).
+
+        Raises where layers of different kinds have one each.
+        """
+        rope = self.nested("rope_parameters") or self.nested("rope_scaling") or Fields({}, self.source)
+        for name, value in rope.content.items():
+            if isinstance(value, dict):
+                raise CheckpointFormatError(
+                    f"{rope.source}: {name} must not be an object: positions that differ by layer are not supported"
+                )
+        return rope
+
     def must_be(self, name: str, allowed: Any, meaning: str) -> None:
         """Raises unless the field is missing or `allowed`; `meaning` says what it asks for."""
         value = self.content.get(name)

@@ -52,7 +52,7 @@ def read_llama_config(fields: Fields, numeric: dict[str, Any]) -> LlamaConfig:
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """θ and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = fields.nested("rope_parameters") or fields.nested("rope_scaling") or Fields({}, fields.source)
+    rope = fields.rope()
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1:
         raise CheckpointFormatError(f"{rope.source}: partial_rotary_factor must be 1: rotating a part is not supported")
