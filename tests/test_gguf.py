@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from gguf_files import TEMPLATE, random_tensors, smollm2_path, write_gguf
 
 from dmattn_jax.generation import generate
@@ -100,10 +103,48 @@ def test_tokenizer_and_chat_template(tmp_path):
         load_pretrained_tokenizer(path, vocab_size=9)
 
 
+def test_sentencepiece_by_scores_is_the_bpe_that_made_them(tmp_path):
+    """Scores in the order of merging, as SentencePiece trains them, give back the merges."""
+    text = (Path(__file__).parent / "test_gguf.py").read_text().replace("ö", "")
+    reference = tokenizers.Tokenizer(tokenizers.models.BPE())
+    reference.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, show_progress=False)
+    reference.train_from_iterator([text], trainer)
+    learned = [token for token, _ in sorted(reference.get_vocab().items(), key=lambda item: item[1])]
+    learned = [token for token in learned if token != "\n"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
+    changed = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(rank) for rank in range(len(learned))],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(learned)],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    shape = SMALL | {"vocabulary": len(tokens)}
+    tokenizer = load_pretrained_tokenizer(
+        write_gguf(tmp_path / "model.gguf", random_tensors(**shape), changed=changed, **shape)
+    )
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    for line in [line for line in text.splitlines() if line.strip()]:
+        words = line.strip()
+        assert [tokens[index] for index in tokenizer.encode(words)] == reference.encode(words).tokens
+        assert tokenizer.decode(tokenizer.encode(line)) == line
+    # what is in no token goes by bytes
+    assert [tokens[index] for index in tokenizer.encode("\nö")][-3:] == ["<0x0A>", "<0xC3>", "<0xB6>"]
+    assert tokenizer.decode(tokenizer.encode("a\n東京 🦜")) == "a\n東京 🦜"
+    assert tokenizer.encode("<s>a", parse_special=True)[0] == 1
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model must be gpt2"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model must be one of gpt2, llama, got 'bert'"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores is missing"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.5]}, "scores must have one entry for each of"),
         ({"tokenizer.ggml.pre": "who-knows"}, "tokenizer.ggml.pre must be one of .* got 'who-knows'"),
         ({"tokenizer.ggml.merges": ["a q"]}, "merges must join two tokens to a third, got 'a q'"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type must have one entry for each of 13 tokens, got 1"),

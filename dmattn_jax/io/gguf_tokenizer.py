@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 import tokenizers.decoders
 import tokenizers.models
+import tokenizers.normalizers
 import tokenizers.pre_tokenizers
 
 from dmattn_jax.io.errors import CheckpointFormatError
@@ -17,8 +18,12 @@ from dmattn_jax.io.json_fields import Fields
 from dmattn_jax.io.tokenizers import FileTokenizer
 
 KEY = "tokenizer.ggml."
-CONTROL, USER_DEFINED = 3, 4
-"""Token types: special tokens, and plain text that is never cut."""
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+"""Token types: what merges make, special tokens, and plain text that is never cut."""
+
+SPACE = "▁"
+LONGEST_PIECE = 256
+"""Letters of a SentencePiece token up to which it is cut in two: real ones have at most 16."""
 
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 """`pre` kinds that take digits one by one before GPT-2's own rule."""
@@ -33,16 +38,16 @@ PATTERNS = {
 
 
 def read_gguf_tokenizer(path: Path) -> FileTokenizer:
-    """Byte-level BPE from the vocabulary and merges of the file, with its chat template.
+    """The tokenizer and chat template of the file: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`).
 
     Raises: CheckpointFormatError where there is no such tokenizer, or it contradicts itself; names the key.
     """
     file = GgufFile(path)
     fields = Fields(file.metadata, str(path))
     kind = fields.text(f"{KEY}model")
-    if kind != "gpt2":
+    if kind not in BACKENDS:
         raise CheckpointFormatError(
-            f"{path}: {KEY}model must be gpt2 (byte-level BPE), got {kind!r:.80}: "
+            f"{path}: {KEY}model must be one of {', '.join(BACKENDS)}, got {kind!r:.80}: "
             "use the tokenizer.json of the model from which the file was made"
         )
     tokens = _texts(fields, f"{KEY}tokens")
@@ -53,16 +58,11 @@ def read_gguf_tokenizer(path: Path) -> FileTokenizer:
     if len(tokens) > rows:
         raise CheckpointFormatError(f"{path}: {KEY}tokens has {len(tokens)} tokens, token_embd.weight {rows} rows")
     try:
-        # Llama 3 takes a whole word that is a token as it is, whether merges lead to it or not.
-        whole = fields.text(f"{KEY}pre", "default") == "llama-bpe"
-        model = tokenizers.models.BPE(vocab=vocabulary, merges=_merges(fields, vocabulary), ignore_merges=whole)
+        backend = BACKENDS[kind](fields, vocabulary)
     except CheckpointFormatError:
         raise
     except Exception as error:  # the library raises Exception itself, nothing narrower
         raise CheckpointFormatError(f"{path}: {KEY}merges is not a list of merges: {error}") from None
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = _pre_tokenizer(fields)
-    backend.decoder = tokenizers.decoders.ByteLevel()
     _add_special_tokens(backend, tokens, fields)
     named = {
         role: tokens[index]
@@ -73,6 +73,57 @@ def read_gguf_tokenizer(path: Path) -> FileTokenizer:
         return FileTokenizer(backend.to_str(), named, fields.text("tokenizer.chat_template", None))
     except ValueError as error:
         raise CheckpointFormatError(f"{path}: {error}") from None
+
+
+def _byte_level(fields: Fields, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    # Llama 3 takes a whole word that is a token as it is, whether merges lead to it or not.
+    whole = fields.text(f"{KEY}pre", "default") == "llama-bpe"
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=_merges(fields, vocabulary), ignore_merges=whole)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = _pre_tokenizer(fields)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(fields: Fields, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    """SentencePiece joins the pair whose joint token has the highest score: merges in falling order of score."""
+    scores = fields.get(f"{KEY}scores", np.ndarray)
+    if len(scores) != len(vocabulary):
+        raise CheckpointFormatError(
+            f"{fields.source}: {KEY}scores must have one entry for each of {len(vocabulary)} tokens, got {len(scores)}"
+        )
+    kinds = fields.get(f"{KEY}token_type", np.ndarray, None)
+    plain = kinds is None or len(kinds) != len(vocabulary)
+    merges = []
+    for token, index in vocabulary.items():
+        if not plain and kinds[index] != NORMAL:
+            continue
+        for cut in range(1, min(len(token), LONGEST_PIECE)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((-float(scores[index]), vocabulary[left], vocabulary[right], left, right))
+    unknown = _special_id(fields, "unknown", list(vocabulary))
+    model = tokenizers.models.BPE(
+        vocab=vocabulary,
+        merges=[(left, right) for *_, left, right in sorted(merges)],
+        unk_token=None if unknown is None else list(vocabulary)[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    space = fields.flag(f"{KEY}add_space_prefix", True)
+    # A space before every text, also before one that begins with a space: so none is lost on the way back.
+    replaced = tokenizers.normalizers.Replace(" ", SPACE)
+    prepended = [tokenizers.normalizers.Prepend(SPACE), replaced] if space else [replaced]
+    backend.normalizer = tokenizers.normalizers.Sequence(prepended)
+    decoders = tokenizers.decoders
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if space else steps)
+    return backend
+
+
+BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+"""By `tokenizer.ggml.model`."""
 
 
 def _texts(fields: Fields, name: str) -> list[str]:
