@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from dmattn_jax.models.doge import DogeForCausalLM
+from dmattn_jax.models.decoder import CausalDecoder
 
 SMALLEST_BUCKET = 16
 
@@ -27,7 +27,7 @@ class Sampling(NamedTuple):
 
 
 def generate(
-    model: DogeForCausalLM,
+    model: CausalDecoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -71,7 +71,7 @@ def generate(
 
 
 def generate_stream(
-    model: DogeForCausalLM,
+    model: CausalDecoder,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -214,7 +214,7 @@ def _stop_array(stop_tokens: Sequence[int]) -> Int32[Array, " N"]:
     return jnp.asarray(np.array([*stop_tokens, *[-1] * (size - len(stop_tokens))], np.int32))
 
 
-def _sampling(model: DogeForCausalLM, temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
+def _sampling(model: CausalDecoder, temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
     vocabulary = model.config.vocab_size
     return Sampling(
         jnp.float32(temperature if temperature > 0 else 1.0),
@@ -223,7 +223,7 @@ def _sampling(model: DogeForCausalLM, temperature: float, top_k: int | None, top
     )
 
 
-def _checked_prompt(model: DogeForCausalLM, prompt: Sequence[int], name: str) -> np.ndarray:
+def _checked_prompt(model: CausalDecoder, prompt: Sequence[int], name: str) -> np.ndarray:
     row = np.asarray(prompt)
     if row.ndim != 1:
         raise ValueError(f"{name} must be a sequence of token ids, got shape {row.shape}")
@@ -235,7 +235,7 @@ def _checked_prompt(model: DogeForCausalLM, prompt: Sequence[int], name: str) ->
     return row.astype(np.int32)
 
 
-def _check_ids(model: DogeForCausalLM, ids: np.ndarray, name: str) -> None:
+def _check_ids(model: CausalDecoder, ids: np.ndarray, name: str) -> None:
     vocabulary = model.config.vocab_size
     wrong = ids[(ids < 0) | (ids >= vocabulary)]
     if wrong.size:

@@ -6,13 +6,14 @@ table knows the mesh axes ("data", "fsdp", "tensor"). Without an active mesh eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -61,6 +62,21 @@ def logical_to_spec(
             used[axis] = name
         entries.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*entries)
+
+
+def parameter_sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """How a parameter with these logical axes lies on the mesh; () is whole on every device.
+
+    A dimension that its mesh axes do not divide stays whole: one kv head cannot be cut over two devices, and then
+    every device keeps it.
+    """
+    spec = logical_to_spec(names, mesh.axis_names)
+    parts = [*spec, *[None] * (len(shape) - len(spec))]
+    for dimension, mesh_axes in enumerate(parts):
+        group = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+        if shape[dimension] % math.prod(mesh.shape[axis] for axis in group):
+            parts[dimension] = None
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
 
 def parameter(initial: jax.Array, names: Sequence[str | None]) -> nnx.Param:

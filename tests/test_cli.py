@@ -46,7 +46,7 @@ def refused(capsys, *args: str, code: int = 2) -> str:
 def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("train", "generate", "eval", "plan", "tokenizer", "explain"):
+    for name in ("train", "generate", "eval", "export", "plan", "tokenizer", "explain"):
         assert f"\n  {name} " in shown
     assert "dmattn train quickstart" in shown
 
@@ -59,7 +59,9 @@ def test_help_is_fast_and_imports_no_jax():
     assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("command", ["generate", "eval", "tokenizer train", "explain", "train quickstart", "plan 80m"])
+@pytest.mark.parametrize(
+    "command", ["generate", "eval", "export", "tokenizer train", "explain", "train quickstart", "plan 80m"]
+)
 def test_every_command_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command.split(), "--help"])
@@ -174,6 +176,39 @@ def test_eval_of_any_text(capsys, trained, tmp_path):
     bits = float(numbers.split("perplexity")[1].split(", ")[1].split()[0])
     assert "over 449 tokens" in numbers or "over 450 tokens" in numbers
     assert bits == pytest.approx(loss / math.log(2), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_export_writes_a_folder_that_loads(capsys, trained, tmp_path, dtype):
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from dmattn_jax.io import load_pretrained, load_pretrained_tokenizer
+    from train.run_files import load_trained
+
+    output = tmp_path / "model"
+    assert cli.main(["export", str(trained), str(output), *(["--dtype", dtype] if dtype else [])]) == 0
+    assert f"{output}: step 14 of {trained}" in capsys.readouterr().out
+    model = load_pretrained(output)
+    assert model.config.param_dtype == (dtype or "float32")
+    # tags of arrays are of no interest: the values, in one order
+    before = jax.tree.leaves(nnx.state(load_trained(trained, best=False).model()))
+    for one, other in zip(before, jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(one.astype(other.dtype), other)
+    tokenizer = load_pretrained_tokenizer(output, vocab_size=257)
+    assert tokenizer.encode("aé") == [97, 0xC3, 0xA9]
+    assert tokenizer.eos_id == 256
+
+
+def test_export_refuses_in_one_line(capsys, trained, tmp_path):
+    assert "no run at" in refused(capsys, "export", str(tmp_path / "no"), str(tmp_path / "out"))
+    # the run itself is not written over
+    before = (trained / "config.json").read_bytes()
+    assert "config.json is of something else" in refused(capsys, "export", str(trained), str(trained))
+    assert (trained / "config.json").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    assert "cannot write in" in refused(capsys, "export", str(trained), str(tmp_path / "file"))
 
 
 def test_tokenizer_train(capsys, tmp_path):

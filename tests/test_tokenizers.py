@@ -64,6 +64,14 @@ def test_bytes_decode_any_ids(ids: list[int]) -> None:
     assert ByteTokenizer().decode(ids) == bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
+@hypothesis.given(ANY_TEXT)
+def test_bytes_as_a_file_are_the_same_ids(text: str) -> None:
+    tokenizer, file = ByteTokenizer(), ByteTokenizer().as_file()
+    assert file.encode(text) == tokenizer.encode(text)
+    assert file.decode([*tokenizer.encode(text), 256]) == text
+    assert (file.vocab_size, file.eos_id, file.bos_id) == (257, 256, None)
+
+
 # Trained
 
 

@@ -331,10 +331,17 @@ def _tokenizer(args: Sequence[str]) -> int:
     return _parse(train_tokenizer, "dmattn tokenizer train", args[1:])
 
 
+def _export(args: Sequence[str]) -> int:
+    from train.export import export
+
+    return _parse(export, "dmattn export", args)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": ("train a preset, or continue an interrupted run", _train),
     "generate": ("continue a text with a trained model", lambda a: _parse(generate, "dmattn generate", a)),
     "eval": ("loss, perplexity and bits per byte on any text", lambda a: _parse(evaluate, "dmattn eval", a)),
+    "export": ("write a trained model as a Hugging Face folder", _export),
     "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),
     "tokenizer": ("train a tokenizer", _tokenizer),
     "explain": ("which attention implementation runs here, and why", lambda a: _parse(explain, "dmattn explain", a)),

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmattn_jax.models.config import DogeConfig
-from dmattn_jax.partitioning import logical_to_spec
+from dmattn_jax.partitioning import logical_to_spec, parameter_sharding
 from train.config import MeshConfig
 from train.errors import MeshError
 
@@ -90,22 +90,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def parameter_shardings(
     axes: Mapping[str, tuple[str | None, ...]], shapes: Mapping[str, Any], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-    """The NamedSharding of every parameter from its logical axis names.
-
-    A dimension that its mesh axes do not divide stays whole: one kv head cannot be cut over two devices, and
-    then every device keeps it.
-    """
-    shardings = {}
-    for name, logical in axes.items():
-        shape = shapes[name].shape
-        spec = logical_to_spec(logical) if logical else PartitionSpec()
-        parts = [*spec, *[None] * (len(shape) - len(spec))]
-        for dimension, mesh_axes in enumerate(parts):
-            group = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
-            if shape[dimension] % math.prod(mesh.shape[axis] for axis in group):
-                parts[dimension] = None
-        shardings[name] = NamedSharding(mesh, PartitionSpec(*parts))
-    return shardings
+    """The NamedSharding of every parameter from its logical axis names."""
+    return {name: parameter_sharding(logical, shapes[name].shape, mesh) for name, logical in axes.items()}
 
 
 def like_parameters(tree: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh, shapes: Mapping[str, Any]) -> Any:

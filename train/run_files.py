@@ -7,7 +7,8 @@ from pathlib import Path
 
 import jax
 
-from dmattn_jax.io.tokenizers import Tokenizer, load_tokenizer
+from dmattn_jax.io.tokenizer_files import load_tokenizer
+from dmattn_jax.io.tokenizers import Tokenizer
 from dmattn_jax.models.doge import DogeForCausalLM
 from train import config_json
 from train.checkpoint import best_step, newest_intact, restore_parameters, steps_in

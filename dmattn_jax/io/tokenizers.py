@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -23,6 +23,8 @@ import tokenizers.pre_tokenizers
 import tokenizers.trainers
 from jaxtyping import Int32
 from tqdm import tqdm
+
+from dmattn_jax.io.chat_template import ChatTemplate
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The one special token that `train_tokenizer` makes; its id is 0."""
@@ -91,6 +93,14 @@ class ByteTokenizer:
             raise ValueError(f"ids must be >= 0, got {min(values)}")
         return bytes(value for value in values if value < BYTE_VALUES).decode(errors="replace")
 
+    def as_file(self) -> FileTokenizer:
+        """The same ids from a `tokenizer.json`: byte-level BPE without a merge."""
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_byte_letters(), merges=[]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens([END_OF_DOCUMENT])
+        return FileTokenizer(backend.to_str())
+
 
 class FileTokenizer:
     """A `tokenizer.json`, with the ids that begin and end a document found among its added tokens.
@@ -99,10 +109,11 @@ class FileTokenizer:
     first name of `EOS_NAMES` and `BOS_NAMES` that the file has.
     """
 
-    def __init__(self, serialized: str, named: dict[str, str] | None = None) -> None:
+    def __init__(self, serialized: str, named: dict[str, str] | None = None, chat_template: str | None = None) -> None:
         """serialized: the content of a `tokenizer.json`. named: `{"eos_token": ..., "bos_token": ...}` if known.
+        chat_template: the Jinja source that came with the model, if any.
 
-        Raises ValueError where the content is not a tokenizer.
+        Raises ValueError where the content is not a tokenizer, or the template not a template.
         """
         self._serialized = serialized
         try:
@@ -119,6 +130,12 @@ class FileTokenizer:
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.eos_id: int | None = _special_id("eos_token", EOS_NAMES, named, ids, vocabulary)
         self.bos_id: int | None = _special_id("bos_token", BOS_NAMES, named, ids, vocabulary)
+        self.unknown_names: dict[str, str] = {role: name for role, name in named.items() if name not in vocabulary}
+        self.chat_template: ChatTemplate | None = None
+        if chat_template is not None:
+            self.chat_template = ChatTemplate(
+                chat_template, bos_token=self._token(self.bos_id), eos_token=self._token(self.eos_id)
+            )
         identity = f"{self.bos_id} {self.eos_id} {self._backend.to_str()}"
         self.fingerprint: str = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
@@ -129,6 +146,44 @@ class FileTokenizer:
         backend.no_padding()
         backend.no_truncation()
         return backend
+
+    def _token(self, index: int | None) -> str | None:
+        return None if index is None else self._backend.id_to_token(index)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError unless a model of this vocabulary has a row for every token, special ones among them."""
+        if self.unknown_names:
+            role, name = next(iter(self.unknown_names.items()))
+            raise ValueError(f"tokenizer's {role} {name!r} is not in its own vocabulary: mend tokenizer_config.json")
+        if self.vocab_size > vocab_size:
+            largest = self._token(self.vocab_size - 1)
+            raise ValueError(
+                f"tokenizer's token {largest!r} has id {self.vocab_size - 1}, and the model's vocabulary has "
+                f"{vocab_size} rows: they are not of one model"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, from which transformers and `load_tokenizer` read it."""
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self._token(self.bos_id),
+            "eos_token": self._token(self.eos_id),
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template.source
+        (folder / "tokenizer.json").write_text(self._serialized, encoding="utf-8")
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """The ids of a conversation (see `ChatTemplate.render`). Raises ValueError where there is no template."""
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat_template: put one in its tokenizer_config.json")
+        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, parse_special=True)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         backend = self._special_backend if parse_special else self._backend
@@ -149,6 +204,19 @@ class FileTokenizer:
         return str(self._backend.decode(values, skip_special_tokens=True))
 
 
+def _byte_letters() -> dict[str, int]:
+    """The letter by which byte-level BPE writes each byte: itself where it prints, or the next from U+0100 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, others = {}, 0x100
+    for byte in range(BYTE_VALUES):
+        if byte in printing:
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(others)] = byte
+            others += 1
+    return letters
+
+
 def _special_id(
     role: str, names: Sequence[str], named: dict[str, str], added: dict[str, int], vocabulary: dict[str, int]
 ) -> int | None:
@@ -164,49 +232,6 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode(errors="replace").decode()
     return text
-
-
-def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `spec` names: `bytes`, a `tokenizer.json`, or a folder that holds one.
-
-    Raises FileNotFoundError where there is no such file, ValueError where it is not a tokenizer.
-    """
-    if spec == "bytes":
-        return ByteTokenizer()
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"tokenizer must be 'bytes' or the path of a tokenizer.json, got {str(spec)!r}: no file {path}; "
-            "`dmattn tokenizer train` makes one"
-        )
-    try:
-        content = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"tokenizer {path} is not a tokenizer.json: not UTF-8 ({error})") from None
-    named = _named_special_tokens(path.with_name("tokenizer_config.json"))
-    try:
-        return FileTokenizer(content, named)
-    except ValueError as error:
-        raise ValueError(f"tokenizer {path} is {error}") from None
-
-
-def _named_special_tokens(path: Path) -> dict[str, str]:
-    """`eos_token` and `bos_token` of a `tokenizer_config.json`, each a string or an object with `content`."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; mend it, or move it away from the tokenizer.json") from None
-    named = {}
-    for role in ("eos_token", "bos_token"):
-        token = config.get(role) if isinstance(config, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            named[role] = token
-    return named
 
 
 def train_tokenizer(

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from dmattn_jax.models.field_checks import at_least, check_decoder, one_of
+
 AttentionKind = Literal["dma", "mha", "swa"]
 GateActivation = Literal["exp", "linear"]
 
@@ -43,51 +45,30 @@ class DogeConfig:
     balance_loss_weight: float = 1e-2
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-        ):
-            _at_least(name, getattr(self, name), 1)
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads, got num_heads={self.num_heads}, "
-                f"num_kv_heads={self.num_kv_heads}"
-            )
-        _at_least("head_dim", self.head_dim, 2)
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        check_decoder(self)
         for name, kinds in (("attention", AttentionKind), ("gate_activation", GateActivation)):
-            _one_of(name, getattr(self, name), get_args(kinds))
-        _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
+            one_of(name, getattr(self, name), get_args(kinds))
         windows = (self.window,) if isinstance(self.window, int) else self.window
         if not isinstance(self.window, int) and len(windows) != self.num_kv_heads:
             raise ValueError(
                 f"window must be an int or one per kv head: expected {self.num_kv_heads} values, got {self.window}"
             )
         for window in windows:
-            _at_least("window", window, 1)
+            at_least("window", window, 1)
         self._check_experts()
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if not 0 <= self.gate_step < math.inf:
             raise ValueError(f"gate_step must be >= 0 and finite, got {self.gate_step}")
         if not self.balance_loss_weight >= 0:
             raise ValueError(f"balance_loss_weight must be >= 0, got {self.balance_loss_weight}")
 
     def _check_experts(self) -> None:
-        _at_least("num_experts", self.num_experts, 0)
+        at_least("num_experts", self.num_experts, 0)
         if self.num_experts == 0:
             return
         side = math.isqrt(self.num_experts)
@@ -112,15 +93,3 @@ class DogeConfig:
             layer += 2 * hidden * math.isqrt(self.num_experts) + 2 * hidden * self.num_experts
         tables = self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + hidden + (tables if embeddings else 0)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

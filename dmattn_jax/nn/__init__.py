@@ -5,14 +5,18 @@ from dmattn_jax.nn.gate import DynamicMaskGate
 from dmattn_jax.nn.mlp import SwiGLU
 from dmattn_jax.nn.moe import CDMoE
 from dmattn_jax.nn.norms import RMSNorm
-from dmattn_jax.nn.rope import apply_rope
+from dmattn_jax.nn.rope import FactorsRope, LinearRope, Llama3Rope, RopeScaling, apply_rope
 
 __all__ = [
     "CDMoE",
     "DynamicMaskAttention",
     "DynamicMaskGate",
+    "FactorsRope",
+    "LinearRope",
+    "Llama3Rope",
     "MultiHeadAttention",
     "RMSNorm",
+    "RopeScaling",
     "SlidingWindowAttention",
     "SwiGLU",
     "apply_rope",

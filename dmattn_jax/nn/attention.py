@@ -25,13 +25,17 @@ from dmattn_jax.nn.attend import attend, attend_dense_cache, attend_window_cache
 from dmattn_jax.nn.exact import exact_projection
 from dmattn_jax.nn.gate import DynamicMaskGate, GateActivation
 from dmattn_jax.nn.norms import RMSNorm
-from dmattn_jax.nn.rope import apply_rope
+from dmattn_jax.nn.rope import RopeScaling, apply_rope
 from dmattn_jax.partitioning import normal, parameter
 from dmattn_jax.validation import check_window
 
 
 class _GroupedQueryAttention(nnx.Module):
-    """What the variants share: x → q, k, v (q and k RMS-normed per head, then rotated) and heads → output."""
+    """What the variants share: x → q, k, v (q and k RMS-normed per head, then rotated) and heads → output.
+
+    qk_norm: whether q and k are normed. bias: whether the four projections have one (starting at 0).
+    rope_scaling: how the rotary frequencies are changed for longer contexts.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,9 @@ class _GroupedQueryAttention(nnx.Module):
         head_dim: int,
         *,
         rope_theta: float = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
+        qk_norm: bool = True,
+        bias: bool = False,
         norm_eps: float = 1e-6,
         init_std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
@@ -61,9 +68,19 @@ class _GroupedQueryAttention(nnx.Module):
         self.key = matrix((hidden_size, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
         self.value = matrix((hidden_size, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
         self.out = matrix((num_heads, head_dim, hidden_size), ("heads", "head_dim", "embed"))
-        self.query_norm = RMSNorm(head_dim, eps=norm_eps, axis="head_dim", param_dtype=param_dtype)
-        self.key_norm = RMSNorm(head_dim, eps=norm_eps, axis="head_dim", param_dtype=param_dtype)
+        if qk_norm:
+            self.query_norm = RMSNorm(head_dim, eps=norm_eps, axis="head_dim", param_dtype=param_dtype)
+            self.key_norm = RMSNorm(head_dim, eps=norm_eps, axis="head_dim", param_dtype=param_dtype)
+        if bias:
+            kv_shape, kv_names = (num_kv_heads, head_dim), ("kv_heads", "head_dim")
+            self.query_bias = parameter(jnp.zeros((num_heads, head_dim), param_dtype), ("heads", "head_dim"))
+            self.key_bias = parameter(jnp.zeros(kv_shape, param_dtype), kv_names)
+            self.value_bias = parameter(jnp.zeros(kv_shape, param_dtype), kv_names)
+            self.out_bias = parameter(jnp.zeros(hidden_size, param_dtype), ("embed",))
+        self.qk_norm = qk_norm
+        self.bias = bias
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
         self.dtype = jnp.dtype(dtype)
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -88,15 +105,22 @@ class _GroupedQueryAttention(nnx.Module):
         query = jnp.einsum("btm,mhd->bthd", x, self.query[...].astype(self.dtype))
         key = jnp.einsum("btm,mhd->bthd", x, self.key[...].astype(self.dtype))
         value = self._values(x)
-        query = apply_rope(self.query_norm(query), position, theta=self.rope_theta)
-        key = apply_rope(self.key_norm(key), position, theta=self.rope_theta)
+        if self.bias:
+            query = query + self.query_bias[...].astype(self.dtype)
+            key = key + self.key_bias[...].astype(self.dtype)
+            value = value + self.value_bias[...].astype(self.dtype)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = apply_rope(query, position, theta=self.rope_theta, scaling=self.rope_scaling)
+        key = apply_rope(key, position, theta=self.rope_theta, scaling=self.rope_scaling)
         return query, key, value
 
     def _values(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("btm,mhd->bthd", x, self.value[...].astype(self.dtype))
 
     def _merge(self, heads: jax.Array) -> jax.Array:
-        return jnp.einsum("bthd,hdm->btm", heads, self.out[...].astype(self.dtype))
+        out = jnp.einsum("bthd,hdm->btm", heads, self.out[...].astype(self.dtype))
+        return out + self.out_bias[...].astype(self.dtype) if self.bias else out
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         raise NotImplementedError

@@ -2,15 +2,89 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@dataclass(frozen=True)
+class LinearRope:
+    """Position interpolation (arXiv 2306.15595): all angles divided by `factor`."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+
+    def scale(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+        return frequency / self.factor
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """The stretching of Llama 3.1: long wavelengths are divided by `factor`, short ones are left alone.
+
+    With turns = original_max_position_embeddings / wavelength, a frequency is divided by `factor` where
+    turns <= low_freq_factor, kept where turns >= high_freq_factor, and in between interpolated linearly in turns.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor must be > low_freq_factor, got {self.high_freq_factor} and {self.low_freq_factor}"
+            )
+
+    def scale(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = jnp.clip(kept, 0, 1)
+        return (1 - kept) * frequency / self.factor + kept * frequency
+
+
+@dataclass(frozen=True)
+class FactorsRope:
+    """One divisor for each of the D/2 frequencies, as a GGUF file stores them."""
+
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for factor in self.factors:
+            if not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(f"factors must be finite and > 0, got {factor}")
+
+    def scale(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+        if len(self.factors) != frequency.shape[0]:
+            raise ValueError(f"factors must be head_dim / 2 = {frequency.shape[0]} numbers, got {len(self.factors)}")
+        return frequency / jnp.asarray(self.factors, frequency.dtype)
+
+
+RopeScaling = LinearRope | Llama3Rope | FactorsRope
+
+
+def _check_positive(scaling: LinearRope | Llama3Rope) -> None:
+    for name, value in vars(scaling).items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+
 def apply_rope(
-    x: Float[Array, "B T H D"], position: Int[Array, "B T"] | Int[Array, "1 T"], *, theta: float = 10_000.0
+    x: Float[Array, "B T H D"],
+    position: Int[Array, "B T"] | Int[Array, "1 T"],
+    *,
+    theta: float = 10_000.0,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "B T H D"]:
     """Rotate each pair (x_i, x_{i+D/2}) by position · theta^(−2i/D); float32 inside, x's dtype outside.
 
+    scaling: how the frequencies are changed for longer contexts than theta was trained for.
     Angles are float32: beyond 2^24 positions they are those of the nearest representable position.
     Raises: ValueError when D is odd.
     """
@@ -19,6 +93,8 @@ def apply_rope(
         raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
     half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequency = scaling.scale(frequency)
     angle = position.astype(jnp.float32)[:, :, None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)

@@ -1,0 +1,169 @@
+"""What every decoder of the library shares: tables of tokens around one scan over equal blocks.
+
+Whatever reads a decoder (training, generation, files) needs this interface alone, not the kind of its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dmattn_jax import nn
+from dmattn_jax.models.loss import LossOutput, chunked_cross_entropy
+from dmattn_jax.partitioning import constrain, normal, parameter
+
+HIDDEN = ("batch", None, None)
+
+
+class DecoderConfig(Protocol):
+    """The fields of a configuration that do not depend on the kind of block."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def norm_eps(self) -> float: ...
+
+    @property
+    def tie_embeddings(self) -> bool: ...
+
+    @property
+    def balance_loss_weight(self) -> float: ...
+
+    @property
+    def init_std(self) -> float: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def param_dtype(self) -> str: ...
+
+    @property
+    def remat(self) -> bool: ...
+
+
+class CausalDecoder(nnx.Module):
+    """Embedding, `num_layers` blocks, final norm, unembedding (the embedding's transpose when tied).
+
+    The blocks are one block whose parameters have a leading "layers" axis, and run in one `scan`: compile time
+    does not grow with depth. Parameters are param_dtype, computation is dtype, logits and losses float32.
+
+    A block has `attention` (with `init_cache`), is called as `block(x, segment_ids) -> (x, balance loss)`, and
+    decodes as `block.decode(x, cache, segment_ids) -> (x, cache)`.
+    """
+
+    config: Any
+    """A DecoderConfig: of which kind, a subclass says."""
+
+    def __init__(self, config: DecoderConfig, make_block: Callable[..., nnx.Module], *, rngs: nnx.Rngs):
+        """make_block(rngs=): one block with fresh parameters."""
+        table = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.embedding = parameter(normal(rngs, table, config.init_std, config.param_dtype), ("vocab", "embed"))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs: nnx.Rngs) -> Any:
+            return make_block(rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, param_dtype=config.param_dtype)
+        if not config.tie_embeddings:
+            initial = normal(rngs, table[::-1], config.init_std, config.param_dtype)
+            self.unembedding = parameter(initial, ("embed", "vocab"))
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, float32. segment_ids: documents packed into a row, 0 = padding.
+
+        For training use `loss`, which never holds all logits at once.
+        """
+        hidden, _ = self.hidden(tokens, segment_ids)
+        return self.logits(hidden)
+
+    def loss(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        weights: Float[Array, "B T"] | None = None,
+    ) -> LossOutput:
+        """Mean cross-entropy of targets [B, T] (token to predict at each position; < 0: not counted)."""
+        hidden, balance = self.hidden(tokens, segment_ids)
+        total, count = chunked_cross_entropy(hidden, self._unembedding(), targets, weights)
+        cross_entropy = total / jnp.where(count > 0, count, 1)
+        auxiliary = self.config.balance_loss_weight * balance
+        return LossOutput(cross_entropy + auxiliary, cross_entropy, count, auxiliary)
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
+        """The final norm's output and the mean balance loss of the layers."""
+
+        def block(layer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return layer(x, segment_ids)
+
+        x, balance = self._scan(block, self._embed(tokens))
+        return self.norm(x), balance.mean()
+
+    def init_cache(self, batch: int, max_length: int) -> Any:
+        """Empty decoding caches of all layers (a leading layers axis), for at most max_length tokens a row."""
+        # It depends on the layer's sizes alone, which stacking does not change.
+        cache = self.blocks.attention.init_cache(batch, max_length)
+        layers = self.config.num_layers
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), cache)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], cache: Any, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T M"], Any]:
+        """The final norm's output (see `logits`) for the next T tokens of every row, and the caches after them.
+
+        segment_ids 0 marks padding, so that rows may append unequal numbers of tokens.
+        """
+
+        def block(layer: Any, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            return layer.decode(x, cache, segment_ids)
+
+        x, cache = self._scan(block, self._embed(tokens), cache)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]:
+        """Unembed the output of `hidden` or `decode`; float32."""
+        unembedding = self._unembedding().astype(hidden.dtype)
+        return jnp.einsum("...m,mv->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        # Whole rows on every device of fsdp before the look-up: its result is split by batch, not by feature.
+        table = constrain(self.embedding[...], ("vocab", None))
+        return constrain(table[tokens].astype(self.config.dtype), HIDDEN)
+
+    def _unembedding(self) -> jax.Array:
+        return self.embedding[...].T if self.config.tie_embeddings else self.unembedding[...]
+
+    def _scan(
+        self, block: Callable[..., tuple[jax.Array, Any]], x: jax.Array, *per_layer: Any
+    ) -> tuple[jax.Array, Any]:
+        """Run `block(layer, x, …) -> (x, y)` through the layers; the y of all layers, stacked."""
+        graph, parameters = nnx.split(self.blocks)
+
+        def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            parameters, *others = layer
+            return block(nnx.merge(graph, parameters), x, *others)
+
+        if self.config.remat:
+            # A scan keeps the recomputation apart by itself.
+            step = jax.checkpoint(step, prevent_cse=False)
+        return jax.lax.scan(step, x, (parameters, *per_layer))
