@@ -131,7 +131,7 @@ def test_chunked_prompts_compile_once_whatever_their_lengths():
     assert decoding.read_chunk._cache_size() == before
 
 
-@pytest.mark.parametrize(("attention", "chunks"), [("dma", (1, 3, 8)), ("mha", (7,))])
+@pytest.mark.parametrize(("attention", "chunks"), [("dma", (1, 7)), ("mha", (7,))])
 def test_prefill_in_chunks_is_the_whole_prefill(attention, chunks):
     model = make(attention)
     graph, state = nnx.split(model)
@@ -156,10 +156,9 @@ def test_prefill_in_chunks_is_the_whole_prefill(attention, chunks):
 
 def test_generation_does_not_depend_on_the_chunk():
     options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 5}
-    whole = generate(MODEL, [LONG, PROMPTS[1]], **options)
-    for chunk in (7,):
-        assert generate(MODEL, [LONG, PROMPTS[1]], prefill_chunk=chunk, **options) == whole
-    assert list(generate_stream(MODEL, LONG, prefill_chunk=7, **options)) == whole[0]
+    whole = generate(MODEL, [LONG], **options)
+    assert generate(MODEL, [LONG], prefill_chunk=5, **options) == whole
+    assert list(generate_stream(MODEL, LONG, prefill_chunk=5, **options)) == whole[0]
 
 
 def test_decoding_memory_is_the_window_not_the_context():

@@ -169,7 +169,7 @@ def test_stop_strings_end_the_text_before_them(client):
 
 
 def test_logprobs(client):
-    plain = complete(MODEL, [TOKENIZER.encode("abc")], max_new_tokens=4, top_logprobs=2)[0]
+    plain = complete(MODEL, [TOKENIZER.encode("abc")], max_new_tokens=4)[0]
     text = client.completions.create(model=NAME, prompt="abc", temperature=0, max_tokens=4, logprobs=2)
     assert text.choices[0].logprobs.token_logprobs == pytest.approx(plain.logprobs, abs=1e-3)
     assert all(len(top) == 2 for top in text.choices[0].logprobs.top_logprobs)
