@@ -3,209 +3,286 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Int32
 
-from dmattn_jax.models.decoder import CausalDecoder
+from dmattn_jax.decoding import Decoder, Drawn, Rows, advance, bucket, check_ids, check_prompt, prefill
+from dmattn_jax.io.tokenizers import Tokenizer
+from dmattn_jax.sampling import RowSampling, Sampling, row_sampling
+from dmattn_jax.text_stream import TextStream
 
-SMALLEST_BUCKET = 16
+STOP_STRING_STEPS = 16
+"""Tokens decoded between two looks for stop strings, which only the host can see."""
 
 
-class Sampling(NamedTuple):
-    """How the next token is drawn. Traced, so that other values compile nothing anew; `temperature` 0 is greedy."""
+@dataclass
+class Completion:
+    """The new tokens of one prompt. logprobs: the model's own, before temperature and cuts. top_logprobs: of the
+    likeliest tokens at every step, by id. text: only with a tokenizer; it ends before the stop string.
+    finish_reason: "stop" for a stop token or string, "length" for max_new_tokens."""
 
-    temperature: Float[Array, ""]
-    top_k: Int32[Array, ""]
-    top_p: Float[Array, ""]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    text: str | None = None
+    finish_reason: Literal["stop", "length"] = "length"
 
 
 def generate(
-    model: CausalDecoder,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
     seed: int = 0,
+    prefill_chunk: int | None = None,
 ) -> list[list[int]]:
     """Continue every prompt: the new tokens of each, at most max_new_tokens.
 
-    prompts: token ids, of unequal lengths. temperature 0 takes the likeliest token (the lowest id among equals);
-    otherwise tokens are drawn from softmax(logits / temperature), cut to the top_k likeliest and then to the
-    smallest set of probability >= top_p. A row ends before the first of stop_tokens, which is not returned.
-    The same seed gives the same text; row r of a batch draws what row r of any other batch with that prompt draws.
+    prompts: token ids, of unequal lengths. temperature … seed: see `Sampling`. A row ends before the first of
+    stop_tokens, which is not returned, and before the token in which one of stop_strings begins; those need the
+    tokenizer. The same seed gives the same text; row r of a batch draws what row r of any other batch with that
+    prompt draws. prefill_chunk: read prompts that many tokens at a time, in the memory of one chunk; None: whole.
 
     Prompts and outputs are padded to powers of two, so that a new length seldom compiles anew; the number of
     prompts does.
     Raises: ValueError on an empty prompt, an id out of the vocabulary, or an option out of its range.
     """
-    rows = [_checked_prompt(model, prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
-    _check_options(model, max_new_tokens, temperature, top_k, top_p, stop_tokens)
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+    completions = complete(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        prefill_chunk=prefill_chunk,
+    )
+    return [completion.tokens for completion in completions]
+
+
+def complete(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    top_logprobs: int = 0,
+    prefill_chunk: int | None = None,
+) -> list[Completion]:
+    """`generate`, with log-probabilities, text, and why each row ended.
+
+    top_logprobs: how many of the likeliest tokens to give at every step; another number compiles anew.
+    Raises: as `generate`.
+    """
+    rows = [check_prompt(model, prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+    _check(model, max_new_tokens, stop_tokens, prefill_chunk)
+    if stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer that reads them: pass tokenizer=")
+    if not 0 <= top_logprobs <= model.config.vocab_size:
+        raise ValueError(f"top_logprobs must be in 0 … {model.config.vocab_size}, got {top_logprobs}")
     if not rows:
         return []
-    graph, state = nnx.split(model)
-    tokens, segment_ids = _padded(rows)
-    capacity = _bucket(max_new_tokens)
-    out, counts = _generate(
-        graph,
-        state,
-        tokens,
-        segment_ids,
-        jax.random.key(seed),
-        _sampling(model, temperature, top_k, top_p),
-        _stop_array(stop_tokens),
-        jnp.int32(max_new_tokens),
-        greedy=temperature == 0,
-        capacity=capacity,
-    )
-    return [row[:count].tolist() for row, count in zip(np.asarray(out), np.asarray(counts), strict=True)]
+    streams = [TextStream(tokenizer, stop_strings) for _ in rows] if tokenizer else []
+    texts, pushed = [""] * len(streams), [0] * len(streams)
+    run = _Run(model, rows, sampling or Sampling(), stop_tokens, max_new_tokens, top_logprobs, prefill_chunk)
+    steps = STOP_STRING_STEPS if stop_strings else max_new_tokens
+    while not run.ended:
+        run.advance(steps)
+        for row, stream in enumerate(streams):
+            for token in run.tokens(row, pushed[row]):
+                texts[row] += stream.push(token)
+            pushed[row] = run.counts[row]
+            if stream.stopped:
+                run.end(row)
+    completions = run.completions()
+    for row, stream in enumerate(streams):
+        completions[row].text = texts[row] + stream.finish()
+        if stream.stopped:
+            assert tokenizer is not None
+            _cut(completions[row], tokenizer)
+    return completions
 
 
 def generate_stream(
-    model: CausalDecoder,
+    model: Decoder,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     seed: int = 0,
+    prefill_chunk: int | None = None,
 ) -> Iterator[int]:
     """The tokens of `generate(model, [prompt], …)[0]`, one by one as they come.
 
     Raises: as `generate`, at the call.
     """
-    row = _checked_prompt(model, prompt, "prompt")
-    _check_options(model, max_new_tokens, temperature, top_k, top_p, stop_tokens)
-    sampling = _sampling(model, temperature, top_k, top_p)
+    row = check_prompt(model, prompt, "prompt")
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+    _check(model, max_new_tokens, stop_tokens, prefill_chunk)
 
     def stream() -> Iterator[int]:
-        graph, state = nnx.split(model)
-        tokens, segment_ids = _padded([row])
-        keys = _row_keys(jax.random.key(seed), 1)
-        logits, cache = _prefill(graph, state, tokens, segment_ids, capacity=_bucket(max_new_tokens))
-        stops = set(stop_tokens)
-        for step in range(max_new_tokens):
-            token = _sample_jit(logits, keys, jnp.int32(step), sampling, greedy=temperature == 0)
-            if int(token[0]) in stops:
-                return
-            yield int(token[0])
-            if step + 1 < max_new_tokens:
-                logits, cache = _decode_one(graph, state, token, cache)
+        run = _Run(model, [row], sampling, stop_tokens, max_new_tokens, 0, prefill_chunk)
+        while not run.ended:
+            before = run.counts[0]
+            run.advance(1)
+            yield from run.tokens(0, before)
 
     return stream()
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("greedy", "capacity"))
-def _generate(graph, state, tokens, segment_ids, key, sampling, stops, limit, *, greedy: bool, capacity: int):
-    batch = tokens.shape[0]
-    logits, cache = _prefill(graph, state, tokens, segment_ids, capacity=capacity)
-    keys = _row_keys(key, batch)
+def stream_text(
+    model: Decoder,
+    prompt: Sequence[int],
+    tokenizer: Tokenizer,
+    *,
+    stop_strings: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """The text that continues the prompt, in pieces of whole characters. options: as for `generate_stream`."""
+    tokens = generate_stream(model, prompt, **options)
+    stream = TextStream(tokenizer, stop_strings)
 
-    def running(carry):
-        step, *_, done = carry
-        return (step < limit) & ~done.all()
+    def pieces() -> Iterator[str]:
+        for token in tokens:
+            if piece := stream.push(token):
+                yield piece
+            if stream.stopped:
+                return
+        if piece := stream.finish():
+            yield piece
 
-    def one(carry):
-        step, logits, cache, out, counts, done = carry
-        token = _sample(logits, keys, step, sampling, greedy=greedy)
-        done = done | (token[:, None] == stops).any(axis=1)
-        out = out.at[:, step].set(jnp.where(done, 0, token))
-        counts = counts + ~done
-        logits, cache = _step(graph, state, token, cache, done)
-        return step + 1, logits, cache, out, counts, done
-
-    start = (
-        jnp.int32(0),
-        logits,
-        cache,
-        jnp.zeros((batch, capacity), jnp.int32),
-        jnp.zeros(batch, jnp.int32),
-        jnp.zeros(batch, bool),
-    )
-    _, _, _, out, counts, _ = jax.lax.while_loop(running, one, start)
-    return out, counts
+    return pieces()
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
-def _prefill(graph, state, tokens, segment_ids, *, capacity: int) -> tuple[Float[Array, "B V"], Any]:
-    """Read the prompts: the logits after each one's last token, and caches with room for `capacity` more."""
-    model = nnx.merge(graph, state)
-    cache = model.init_cache(tokens.shape[0], tokens.shape[1] + capacity)
-    hidden, cache = model.decode(tokens, cache, segment_ids)
-    last = segment_ids.sum(axis=1) - 1
-    return model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+class _Progress(NamedTuple):
+    """Rows and what they have drawn, in buffers of a power of two."""
+
+    rows: Rows
+    drawn: Drawn  # each with the buffer's axis after the batch's
+    done: Bool[Array, " B"]
+    step: Int32[Array, ""]
 
 
-def _step(graph, state, token, cache, done) -> tuple[Float[Array, "B V"], Any]:
-    """Read one token a row; rows that are done read nothing."""
-    model = nnx.merge(graph, state)
-    hidden, cache = model.decode(token[:, None], cache, (~done).astype(jnp.int32)[:, None])
-    return model.logits(hidden[:, 0]), cache
+class _Run:
+    """One batch of prompts on its way: on the device until `advance` returns, then readable."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        stop_tokens: Sequence[int],
+        limit: int,
+        top: int,
+        chunk: int | None,
+    ) -> None:
+        self._graph, self._state = nnx.split(model)
+        self._sampling = row_sampling([sampling] * len(prompts), range(len(prompts)))
+        self._stops = _stop_array(stop_tokens)
+        self._limit = limit
+        batch, capacity = len(prompts), bucket(limit)
+        max_length = bucket(max(map(len, prompts))) + capacity
+        rows = prefill(self._graph, self._state, prompts, max_length=max_length, chunk=chunk)
+        self._progress = _Progress(
+            rows,
+            Drawn(
+                jnp.zeros((batch, capacity), jnp.int32),
+                jnp.zeros((batch, capacity), jnp.float32),
+                jnp.zeros((batch, capacity, top), jnp.int32),
+                jnp.zeros((batch, capacity, top), jnp.float32),
+            ),
+            jnp.zeros(batch, bool),
+            jnp.int32(0),
+        )
+        self.counts = [0] * batch
+        self._finished = np.zeros(batch, bool)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._finished.all()) or int(self._progress.step) >= self._limit
+
+    def advance(self, steps: int) -> None:
+        """Draw up to `steps` tokens more in every row that has not ended."""
+        until = min(int(self._progress.step) + steps, self._limit)
+        self._progress = _decode_until(
+            self._graph, self._state, self._progress, self._sampling, self._stops, jnp.int32(until)
+        )
+        self._finished = np.array(self._progress.done)
+        self.counts = np.asarray(self._progress.rows.step).tolist()
+
+    def end(self, row: int) -> None:
+        self._finished[row] = True
+        self._progress = self._progress._replace(done=jnp.asarray(self._finished))
+
+    def tokens(self, row: int, start: int) -> list[int]:
+        return np.asarray(self._progress.drawn.token[row])[start : self.counts[row]].tolist()
+
+    def completions(self) -> list[Completion]:
+        tokens, logprobs, top_tokens, top_logprobs = (np.asarray(array) for array in self._progress.drawn)
+        return [
+            Completion(
+                tokens[row, :count].tolist(),
+                logprobs[row, :count].tolist(),
+                [
+                    dict(zip(ids.tolist(), values.tolist(), strict=True))
+                    for ids, values in zip(top_tokens[row, :count], top_logprobs[row, :count], strict=True)
+                ],
+                finish_reason="stop" if self._finished[row] else "length",
+            )
+            for row, count in enumerate(self.counts)
+        ]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode_one(graph, state, token, cache):
-    return _step(graph, state, token, cache, jnp.zeros(token.shape, bool))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode_until(graph, state, progress: _Progress, sampling: RowSampling, stops, until) -> _Progress:
+    top = progress.drawn.top_tokens.shape[2]
+
+    def running(progress: _Progress):
+        return (progress.step < until) & ~progress.done.all()
+
+    def one(progress: _Progress):
+        # A stop token is drawn, read and not counted.
+        rows, drawn = advance(graph, state, progress.rows, sampling, ~progress.done, top)
+        done = progress.done | (drawn.token[:, None] == stops).any(axis=1)
+        rows = rows._replace(step=jnp.where(done, progress.rows.step, rows.step))
+        kept = jax.tree.map(lambda buffer, new: buffer.at[:, progress.step].set(new), progress.drawn, drawn)
+        return _Progress(rows, kept, done, progress.step + 1)
+
+    return jax.lax.while_loop(running, one, progress)
 
 
-def _sample(logits, keys, step, sampling: Sampling, *, greedy: bool) -> Int32[Array, " B"]:
-    if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Likeliest first; stable, so that equals keep the order of their ids.
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    scaled = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
-    kept = kept_tokens(scaled, sampling.top_k, sampling.top_p)
-    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-    choice = jax.vmap(jax.random.categorical)(step_keys, jnp.where(kept, scaled, -jnp.inf))
-    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-
-_sample_jit = jax.jit(_sample, static_argnames="greedy")
-
-
-def kept_tokens(
-    descending: Float[Array, "B V"], top_k: Int32[Array, ""] | int, top_p: Float[Array, ""] | float
-) -> Bool[Array, "B V"]:
-    """Of logits sorted likeliest first: the first top_k, and of those the fewest whose probability reaches top_p.
-
-    The likeliest is always kept. Probabilities are those among the top_k.
-    """
-    kept = jnp.arange(descending.shape[-1]) < top_k
-    probability = jax.nn.softmax(jnp.where(kept, descending, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    # Rounded sums may reach 1 early: top_p = 1 cuts nothing.
-    nucleus = (before < top_p) | (jnp.asarray(top_p) >= 1)
-    return kept & nucleus.at[..., 0].set(True)
-
-
-def _row_keys(key: jax.Array, batch: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
-
-
-def _padded(rows: Sequence[np.ndarray]) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
-    """Prompts padded on the right to a common power of two, and 1 where a token is."""
-    length = _bucket(max(len(row) for row in rows))
-    tokens = np.zeros((len(rows), length), np.int32)
-    segment_ids = np.zeros((len(rows), length), np.int32)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = row
-        segment_ids[index, : len(row)] = 1
-    return jnp.asarray(tokens), jnp.asarray(segment_ids)
-
-
-def _bucket(length: int) -> int:
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+def _cut(completion: Completion, tokenizer: Tokenizer) -> None:
+    """Drop the tokens from the one in which the stop string begins."""
+    assert completion.text is not None
+    count = len(completion.tokens)
+    while count and not completion.text.startswith(tokenizer.decode(completion.tokens[:count])):
+        count -= 1
+    del completion.tokens[count:], completion.logprobs[count:], completion.top_logprobs[count:]
+    completion.finish_reason = "stop"
 
 
 def _stop_array(stop_tokens: Sequence[int]) -> Int32[Array, " N"]:
@@ -214,42 +291,10 @@ def _stop_array(stop_tokens: Sequence[int]) -> Int32[Array, " N"]:
     return jnp.asarray(np.array([*stop_tokens, *[-1] * (size - len(stop_tokens))], np.int32))
 
 
-def _sampling(model: CausalDecoder, temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
-    vocabulary = model.config.vocab_size
-    return Sampling(
-        jnp.float32(temperature if temperature > 0 else 1.0),
-        jnp.int32(vocabulary if top_k is None else min(top_k, vocabulary)),
-        jnp.float32(1.0 if top_p is None else top_p),
-    )
-
-
-def _checked_prompt(model: CausalDecoder, prompt: Sequence[int], name: str) -> np.ndarray:
-    row = np.asarray(prompt)
-    if row.ndim != 1:
-        raise ValueError(f"{name} must be a sequence of token ids, got shape {row.shape}")
-    if row.size == 0:
-        raise ValueError(f"{name} is empty: give at least one token, such as the tokenizer's bos_id or eos_id")
-    if not np.issubdtype(row.dtype, np.integer):
-        raise ValueError(f"{name} must hold integer token ids, got {row.dtype}: encode the text first")
-    _check_ids(model, row, name)
-    return row.astype(np.int32)
-
-
-def _check_ids(model: CausalDecoder, ids: np.ndarray, name: str) -> None:
-    vocabulary = model.config.vocab_size
-    wrong = ids[(ids < 0) | (ids >= vocabulary)]
-    if wrong.size:
-        raise ValueError(f"{name} must hold token ids in 0 … {vocabulary - 1}, got {wrong[0]}")
-
-
-def _check_options(model, max_new_tokens, temperature, top_k, top_p, stop_tokens) -> None:
+def _check(model: Decoder, max_new_tokens: int, stop_tokens: Sequence[int], prefill_chunk: int | None) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be >= 0 and finite, got {temperature}: 0 is greedy")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1, got {top_k}: None keeps all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}: None keeps all tokens")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk must be >= 1, got {prefill_chunk}: None reads whole prompts")
     if len(stop_tokens):
-        _check_ids(model, np.asarray(stop_tokens), "stop_tokens")
+        check_ids(model, np.asarray(stop_tokens), "stop_tokens")

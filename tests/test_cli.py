@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +48,7 @@ def refused(capsys, *args: str, code: int = 2) -> str:
 def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("train", "generate", "eval", "export", "plan", "tokenizer", "explain"):
+    for name in ("train", "generate", "chat", "serve", "eval", "export", "plan", "tokenizer", "explain"):
         assert f"\n  {name} " in shown
     assert "dmattn train quickstart" in shown
 
@@ -60,7 +62,8 @@ def test_help_is_fast_and_imports_no_jax():
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "eval", "export", "tokenizer train", "explain", "train quickstart", "plan 80m"]
+    "command",
+    ["generate", "chat", "serve", "eval", "export", "tokenizer train", "explain", "train quickstart", "plan 80m"],
 )
 def test_every_command_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as ended:
@@ -97,6 +100,7 @@ def test_unknown_names_suggest_the_nearest(capsys):
 def test_a_missing_run(capsys, tmp_path):
     assert str(tmp_path / "no") in refused(capsys, "generate", str(tmp_path / "no"), "--prompt", "x")
     assert "is this a run's folder?" in refused(capsys, "eval", str(tmp_path), "--text", "x")
+    assert "either --text FILES or --tasks NAMES" in refused(capsys, "eval", str(tmp_path))
 
 
 def test_missing_text_and_tokenizers(capsys, trained, tmp_path):
@@ -162,6 +166,61 @@ def test_generate_from_one_checkpoint(capsys, trained):
     assert cli.main(["generate", str(trained / "checkpoints" / "14"), "--prompt", "abc", "fed", "--tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("abc")
     assert "checkpoints/2" in refused(capsys, "generate", str(trained / "checkpoints" / "2"), "--prompt", "abc")
+
+
+def test_one_prompt_streams_what_several_print(capsys, trained):
+    options = ["--tokens", "9", "--temperature", "0", "--stop", "zq"]
+    assert cli.main(["generate", str(trained), "--prompt", "abc", *options]) == 0
+    alone = capsys.readouterr().out
+    assert cli.main(["generate", str(trained), "--prompt", "abc", "fed", *options]) == 0
+    assert capsys.readouterr().out.startswith(alone)
+
+
+def test_chat_keeps_the_conversation(capsys, trained, monkeypatch):
+    from dmattn_jax import chat
+
+    seen = []
+    prompt = chat.chat_prompt
+    monkeypatch.setattr(chat, "chat_prompt", lambda t, messages: seen.append(list(messages)) or prompt(t, messages))
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n\nfed"))
+    options = ["--tokens", "5", "--temperature", "0", "--system", "be brief"]
+    assert cli.main(["chat", str(trained), *options]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert [(m["role"], m["content"]) for m in seen[1]] == [
+        ("system", "be brief"),
+        ("user", "abc"),
+        ("assistant", first),
+        ("user", "fed"),
+    ]
+    assert second is not None
+
+
+def test_interrupting_generation_is_130_and_ends_the_line(capsys, trained, monkeypatch):
+    def pieces(*args, **options):
+        yield "half a "
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dmattn_jax.generation.stream_text", pieces)
+    assert cli.main(["generate", str(trained), "--prompt", "abc"]) == 130
+    assert capsys.readouterr().out == "abchalf a \n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+    assert cli.main(["chat", str(trained)]) == 130
+    assert capsys.readouterr().out == "half a \n"
+
+
+@pytest.mark.slow
+def test_a_real_interrupt_leaves_no_traceback(trained):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "train.cli", "generate", str(trained), "--prompt", "abc", "--tokens", "100000"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout.read(5).startswith(b"abc")
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"Traceback" not in errors
 
 
 def test_eval_of_any_text(capsys, trained, tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmattn_jax import generation
-from dmattn_jax.generation import generate, generate_stream, kept_tokens
+from dmattn_jax import decoding, generation
+from dmattn_jax.generation import generate, generate_stream
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 
 V = 61
@@ -110,34 +110,55 @@ def test_top_k_one_and_tiny_top_p_are_greedy():
     assert generate(MODEL, PROMPTS, max_new_tokens=7, temperature=1.0, top_p=1e-6) == greedy
 
 
-def test_top_k_and_top_p_keep_the_documented_sets():
-    probability = np.array([[0.4, 0.3, 0.2, 0.06, 0.04]])
-    logits = jnp.log(jnp.asarray(probability, jnp.float32))
-
-    def kept(top_k, top_p):
-        return int(kept_tokens(logits, top_k, top_p).sum())
-
-    assert [kept(k, 1.0) for k in (1, 2, 5, 99)] == [1, 2, 5, 5]
-    assert [kept(99, p) for p in (1e-9, 0.39, 0.41, 0.69, 0.71, 0.95, 1.0)] == [1, 1, 2, 2, 3, 4, 5]
-    # Among the top 2 the first has 0.4 / 0.7.
-    assert [kept(2, p) for p in (0.56, 0.58)] == [1, 2]
-
-
-def test_draws_follow_the_distribution():
-    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.15, 0.25]], jnp.float32))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4000))
-    sampling = generation.Sampling(jnp.float32(1.0), jnp.int32(3), jnp.float32(1.0))
-    drawn = generation._sample(jnp.repeat(logits, 4000, axis=0), keys, jnp.int32(0), sampling, greedy=False)
-    share = np.bincount(np.asarray(drawn), minlength=4) / 4000
-    np.testing.assert_allclose(share, np.array([0, 0.5, 0.15, 0.25]) / 0.9, atol=0.03)
-    assert share[0] == 0
-
-
 def test_lengths_in_one_bucket_compile_once():
-    generate(MODEL, [[1, 2, 3]], max_new_tokens=5)
-    before = generation._generate._cache_size()
-    generate(MODEL, [[1, 2, 3, 4, 5, 6, 7, 8]], max_new_tokens=9)
-    assert generation._generate._cache_size() == before
+    programs = (generation._decode_until, decoding.read_chunk, decoding.empty_rows)
+
+    def compiled() -> list[int]:
+        return [program._cache_size() for program in programs]
+
+    generate(MODEL, [[1, 2, 3], [4]], max_new_tokens=5)
+    before = compiled()
+    for length in range(1, 17):
+        generate(MODEL, [list(range(length)), [1] * (17 - length)], max_new_tokens=length, temperature=0.1 * length)
+    assert compiled() == before
+
+
+def test_chunked_prompts_compile_once_whatever_their_lengths():
+    generate(MODEL, [LONG], max_new_tokens=3, prefill_chunk=5)
+    before = decoding.read_chunk._cache_size()
+    for length in range(5, 30):
+        generate(MODEL, [list(range(length))], max_new_tokens=3, prefill_chunk=5)
+    assert decoding.read_chunk._cache_size() == before
+
+
+@pytest.mark.parametrize(("attention", "chunks"), [("dma", (1, 7)), ("mha", (7,))])
+def test_prefill_in_chunks_is_the_whole_prefill(attention, chunks):
+    model = make(attention)
+    graph, state = nnx.split(model)
+    prompts = [np.array(prompt, np.int32) for prompt in (LONG, PROMPTS[1], PROMPTS[2])]
+
+    def content(rows: decoding.Rows) -> list[jax.Array]:
+        cache = rows.cache
+        if attention == "mha":
+            return jax.tree.leaves(cache)
+        cache = jax.vmap(lambda layer: layer.sorted_by_position())(cache)
+        held = cache.position >= 0
+        return [jnp.where(held[..., None], cache.keys, 0), jnp.where(held, cache.gate, 0), cache.position]
+
+    whole = decoding.prefill(graph, state, prompts, max_length=32)
+    for chunk in chunks:
+        parts = decoding.prefill(graph, state, prompts, max_length=32, chunk=chunk)
+        np.testing.assert_allclose(parts.logits, whole.logits, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(parts.seen, whole.seen)
+        for a, b in zip(content(parts), content(whole), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_does_not_depend_on_the_chunk():
+    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 5}
+    whole = generate(MODEL, [LONG], **options)
+    assert generate(MODEL, [LONG], prefill_chunk=5, **options) == whole
+    assert list(generate_stream(MODEL, LONG, prefill_chunk=5, **options)) == whole[0]
 
 
 def test_decoding_memory_is_the_window_not_the_context():
@@ -165,6 +186,10 @@ def test_no_prompts_give_no_rows():
         ([[1]], {"top_k": 0}, "top_k must be >= 1, got 0"),
         ([[1]], {"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
         ([[1]], {"top_p": 1.1}, "top_p must be in (0, 1], got 1.1"),
+        ([[1]], {"min_p": 1.5}, "min_p must be in [0, 1], got 1.5"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be > 0 and finite, got 0.0"),
+        ([[1]], {"seed": 1 << 70}, "seed must fit 64 bits"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk must be >= 1, got 0"),
         ([[1]], {"stop_tokens": [99]}, "stop_tokens must hold token ids in 0 … 60, got 99"),
     ],
 )

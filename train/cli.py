@@ -7,11 +7,12 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
-from train.errors import ConfigError, UnknownPresetError, UserError
+from train import inference
+from train.errors import ConfigError, UnknownPresetError, UserError, bad_values_are_the_users
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
@@ -79,16 +80,6 @@ def overview() -> str:
 def _closest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {close[0]}?" if close else ""
-
-
-@contextlib.contextmanager
-def _bad_values_are_the_users() -> Iterator[None]:
-    """The library refuses impossible arguments with ValueError; where they come from the command line, that is the
-    user's to put right."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _parse(command: Callable[..., T], prog: str, args: Sequence[str]) -> T:
@@ -178,103 +169,6 @@ def _plan(args: Sequence[str]) -> int:
     return 0
 
 
-def generate(
-    run: tyro.conf.Positional[Path],
-    prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("",),
-    tokens: int = 256,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    seed: int = 0,
-    best: bool = False,
-) -> int:
-    """Continue a text with a trained model.
-
-    Example: dmattn generate runs/quickstart --prompt 'def ' --tokens 200
-
-    Args:
-        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP).
-        prompt: What to continue; several prompts are continued together.
-        tokens: New tokens at most.
-        temperature: 0 always takes the likeliest token; higher is more varied.
-        top_k: Draw among the likeliest K tokens only.
-        top_p: Draw among the likeliest tokens of this total probability only.
-        seed: The same seed gives the same text.
-        best: Take the checkpoint of the lowest validation loss instead of the newest.
-    """
-    from dmattn_jax.generation import generate as continue_prompts
-    from train.run_files import load_trained
-
-    trained = load_trained(run, best=best)
-    eos = trained.tokenizer.eos_id
-    # An empty prompt begins a document, which training has seen only after the end of another.
-    start = [0 if eos is None else eos]
-    prompts = [trained.tokenizer.encode(text) or start for text in prompt]
-    with _bad_values_are_the_users():
-        continuations = continue_prompts(
-            trained.model(),
-            prompts,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_tokens=() if eos is None else (eos,),
-            seed=seed,
-        )
-    for number, (text, ids) in enumerate(zip(prompt, continuations, strict=True)):
-        if number:
-            print("-" * 40)
-        print(text + trained.tokenizer.decode(ids))
-    return 0
-
-
-def evaluate(
-    run: tyro.conf.Positional[Path],
-    text: str,
-    text_field: str = "text",
-    sequence_length: int | None = None,
-    batch_size: int = 8,
-    best: bool = False,
-) -> int:
-    """Loss, perplexity and bits per byte of a trained model on any text.
-
-    Long documents are cut into rows of the sequence length; every token but a document's first is predicted.
-
-    Example: dmattn eval runs/quickstart --text README.md
-
-    Args:
-        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP).
-        text: A file, a directory, a glob, or stdlib.
-        text_field: The field of JSONL and Parquet rows that holds the text.
-        sequence_length: Tokens of a row; the default is that of the training.
-        batch_size: Rows computed at once.
-        best: Take the checkpoint of the lowest validation loss instead of the newest.
-    """
-    import jax
-
-    from train import mesh, step
-    from train.config import DataConfig, MeshConfig
-    from train.data import make_evaluation
-    from train.evaluate import evaluate as measure
-    from train.run_files import load_trained
-
-    trained = load_trained(run, best=best)
-    held_out = make_evaluation(
-        DataConfig(source=text, text_field=text_field),
-        trained.tokenizer,
-        sequence_length=sequence_length or trained.config.sequence_length,
-        batch_size=batch_size,
-    )
-    one = mesh.make_mesh(MeshConfig(data=1))
-    with jax.set_mesh(one):
-        params = jax.device_put(trained.params, mesh.replicated(one))
-        eval_step = step.make_eval_step(trained.skeleton, step.shardings_of(params), one)
-        result = measure(eval_step, params, held_out.batches, held_out.bytes_per_token, one)
-    print(held_out.description)
-    print(f"{trained.path}: {result} over {result.tokens:,} tokens")
-    return 0
-
-
 def explain() -> int:
     """Which attention implementation runs on this machine, and why not the others.
 
@@ -315,7 +209,7 @@ def train_tokenizer(
             with contextlib.suppress(NotTextError) if len(files) > len(sources) else contextlib.nullcontext():
                 yield from read_documents(file, text_field)
 
-    with _bad_values_are_the_users():
+    with bad_values_are_the_users():
         trained = tokenizers.train_tokenizer(texts(), vocab_size, output, progress=sys.stderr.isatty())
     print(f"{output}: {trained.vocab_size:,} tokens from {len(files):,} files")
     return 0
@@ -339,8 +233,10 @@ def _export(args: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": ("train a preset, or continue an interrupted run", _train),
-    "generate": ("continue a text with a trained model", lambda a: _parse(generate, "dmattn generate", a)),
-    "eval": ("loss, perplexity and bits per byte on any text", lambda a: _parse(evaluate, "dmattn eval", a)),
+    "generate": ("continue a text with a trained model", lambda a: _parse(inference.generate, "dmattn generate", a)),
+    "chat": ("talk with a trained model", lambda a: _parse(inference.chat, "dmattn chat", a)),
+    "serve": ("answer OpenAI's API over HTTP", lambda a: _parse(inference.serve, "dmattn serve", a)),
+    "eval": ("loss on any text, or lm_eval's tasks", lambda a: _parse(inference.evaluate, "dmattn eval", a)),
     "export": ("write a trained model as a Hugging Face folder", _export),
     "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),
     "tokenizer": ("train a tokenizer", _tokenizer),

@@ -6,6 +6,9 @@ its traceback.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Something the user can put right. The message names what is wrong and the fix, in one line."""
@@ -41,3 +44,13 @@ class TrainingDivergedError(UserError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
     exit_code = 3
+
+
+@contextlib.contextmanager
+def bad_values_are_the_users() -> Iterator[None]:
+    """The library refuses impossible arguments with ValueError; where they come from the command line, that is the
+    user's to put right."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

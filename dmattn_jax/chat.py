@@ -1,0 +1,27 @@
+"""Conversations as prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dmattn_jax.io.tokenizers import Tokenizer
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The tokens after which the assistant's turn begins. messages: {"role", "content"}, oldest first.
+
+    A tokenizer with a chat template (`apply_chat_template(messages) -> str`) writes it, special tokens included.
+    Without one the contents follow each other, a line each: a model that has seen no roles continues a text.
+    """
+    template = getattr(tokenizer, "apply_chat_template", None)
+    if template is not None:
+        return tokenizer.encode(template([dict(message) for message in messages]), parse_special=True)
+    return tokenizer.encode("".join(message["content"] + "\n" for message in messages))
+
+
+def document_start(tokenizer: Tokenizer) -> list[int]:
+    """The prompt that begins a text with nothing: what stands before a document in training."""
+    for token in (tokenizer.bos_id, tokenizer.eos_id):
+        if token is not None:
+            return [token]
+    return [0]
