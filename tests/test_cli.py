@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -219,6 +222,35 @@ def test_a_real_interrupt_leaves_no_traceback(trained):
     assert child.stdout.read(5).startswith(b"abc")
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_interrupting_the_server_ends_its_streams_and_leaves_no_traceback(trained):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    # A background job of a shell ignores the signal, and so would its children.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); import train.cli as c; "
+    options = ["serve", str(trained), "--port", str(port), "--max-length", "1000000"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"{program} sys.exit(c.main({options!r}))"], env=environment(), stderr=subprocess.PIPE
+    )
+    for _ in range(300):
+        with contextlib.suppress(OSError), urllib.request.urlopen(address + "/health"):
+            break
+        time.sleep(0.2)
+    body = {"model": "trained", "prompt": "abc", "max_tokens": 900_000, "stream": True, "temperature": 0}
+    request = urllib.request.Request(
+        address + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with child, urllib.request.urlopen(request) as stream:
+        assert stream.readline().startswith(b"data: {")
+        child.send_signal(signal.SIGINT)
+        assert b"the server is shutting down" in stream.read()
+        _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
     assert b"Traceback" not in errors
 
