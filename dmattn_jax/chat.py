@@ -10,12 +10,11 @@ from dmattn_jax.io.tokenizers import Tokenizer
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """The tokens after which the assistant's turn begins. messages: {"role", "content"}, oldest first.
 
-    A tokenizer with a chat template (`apply_chat_template(messages) -> str`) writes it, special tokens included.
+    A tokenizer with a chat template writes them by it, special tokens included (`FileTokenizer.encode_chat`).
     Without one the contents follow each other, a line each: a model that has seen no roles continues a text.
     """
-    template = getattr(tokenizer, "apply_chat_template", None)
-    if template is not None:
-        return tokenizer.encode(template([dict(message) for message in messages]), parse_special=True)
+    if getattr(tokenizer, "chat_template", None) is not None:
+        return tokenizer.encode_chat([dict(message) for message in messages])  # type: ignore[attr-defined]
     return tokenizer.encode("".join(message["content"] + "\n" for message in messages))
 
 

@@ -387,3 +387,17 @@ def test_the_console_script_is_there():
     )
     assert child.returncode == 2
     assert child.stderr.count("\n") == 1
+
+
+def test_models_from_elsewhere_generate_too(capsys, trained, tmp_path):
+    """A Hugging Face folder in the place of a run; what is no model is refused in one line."""
+    folder = tmp_path / "exported"
+    assert cli.main(["export", str(trained), str(folder)]) == 0
+    capsys.readouterr()
+    shown = []
+    for model in (trained, folder):
+        assert cli.main(["generate", str(model), "--prompt", "abc", "--tokens", "9", "--temperature", "0"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    (tmp_path / "garbage.gguf").write_bytes(b"GGUF and nothing else")
+    assert "garbage.gguf" in refused(capsys, "generate", str(tmp_path / "garbage.gguf"))

@@ -46,7 +46,11 @@ def inputs(**changes):
         ({"window": (1, 0, 2)}, ValueError, "window must be >= 1, got 0"),
         ({"segment_ids": jnp.ones((2, 5), jnp.int32)}, ValueError, r"segment_ids must have shape .* \(2, 7\)"),
         ({"segment_ids": jnp.ones((2, 7))}, TypeError, "segment_ids must be an integer array, got float32"),
-        ({"implementation": "triton"}, ValueError, "must be None or one of 'mosaic_gpu', 'xla', got 'triton'"),
+        (
+            {"implementation": "triton"},
+            ValueError,
+            "must be None or one of 'mosaic_gpu', 'mosaic_tpu', 'xla', got 'triton'",
+        ),
     ],
 )
 def test_dynamic_mask_attention_refuses(changes, error, message):

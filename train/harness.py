@@ -73,10 +73,10 @@ class HarnessModel(TemplateLM):
         return self._text.encode(string)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        template = getattr(self._text, "apply_chat_template", None)
+        template = getattr(self._text, "chat_template", None)
         if template is None:
             return "".join(message["content"] + "\n" for message in chat_history)
-        return str(template(chat_history))
+        return str(template.render(chat_history, add_generation_prompt=add_generation_prompt))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [self._text.encode(request.args[0]) for request in requests]

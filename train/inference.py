@@ -12,7 +12,7 @@ import tyro
 from train.errors import ConfigError, MissingExtraError, bad_values_are_the_users
 
 if TYPE_CHECKING:
-    from train.run_files import TrainedModel
+    from dmattn_jax.io.tokenizers import Tokenizer
 
 
 def generate(
@@ -34,7 +34,8 @@ def generate(
     Example: dmattn generate runs/quickstart --prompt 'def ' --tokens 200
 
     Args:
-        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP).
+        run: A run's folder, one of its checkpoints (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf
+            file, or hf:OWNER/NAME.
         prompt: What to continue.
         tokens: New tokens at most.
         temperature: 0 always takes the likeliest token; higher is more varied.
@@ -50,16 +51,16 @@ def generate(
     from dmattn_jax.chat import document_start
     from dmattn_jax.generation import complete, stream_text
     from dmattn_jax.sampling import Sampling
-    from train.run_files import load_trained
+    from train.run_files import open_model
 
-    trained = load_trained(run, best=best)
-    tokenizer = trained.tokenizer
+    opened = open_model(run, best=best)
+    tokenizer = opened.tokenizer
     # An empty prompt begins a document.
     prompts = [tokenizer.encode(text) or document_start(tokenizer) for text in prompt]
     with bad_values_are_the_users():
         if len(prompts) == 1:
             pieces = stream_text(
-                trained.model(),
+                opened.model,
                 prompts[0],
                 tokenizer,
                 max_new_tokens=tokens,
@@ -68,7 +69,7 @@ def generate(
                 top_p=top_p,
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
-                stop_tokens=_stop_tokens(trained),
+                stop_tokens=_stop_tokens(opened.tokenizer),
                 stop_strings=stop,
                 seed=seed,
                 prefill_chunk=prefill_chunk,
@@ -77,11 +78,11 @@ def generate(
             _write(pieces)
             return 0
         completions = complete(
-            trained.model(),
+            opened.model,
             prompts,
             max_new_tokens=tokens,
             sampling=Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed),
-            stop_tokens=_stop_tokens(trained),
+            stop_tokens=_stop_tokens(opened.tokenizer),
             stop_strings=stop,
             tokenizer=tokenizer,
             prefill_chunk=prefill_chunk,
@@ -114,7 +115,8 @@ def chat(
     Example: dmattn chat runs/quickstart --tokens 100
 
     Args:
-        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP).
+        run: A run's folder, one of its checkpoints (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf
+            file, or hf:OWNER/NAME.
         system: What to tell the model before the conversation.
         tokens: New tokens of an answer at most.
         temperature: 0 always takes the likeliest token; higher is more varied.
@@ -129,10 +131,10 @@ def chat(
     """
     from dmattn_jax.chat import chat_prompt, document_start
     from dmattn_jax.generation import stream_text
-    from train.run_files import load_trained
+    from train.run_files import open_model
 
-    trained = load_trained(run, best=best)
-    model, tokenizer = trained.model(), trained.tokenizer
+    opened = open_model(run, best=best)
+    model, tokenizer = opened.model, opened.tokenizer
     messages = [] if system is None else [{"role": "system", "content": system}]
     turn = 0
     while (line := _read_line()) is not None:
@@ -150,7 +152,7 @@ def chat(
                 top_p=top_p,
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
-                stop_tokens=_stop_tokens(trained),
+                stop_tokens=_stop_tokens(opened.tokenizer),
                 stop_strings=stop,
                 seed=seed + turn,
                 prefill_chunk=prefill_chunk,
@@ -178,7 +180,8 @@ def serve(
     Example: dmattn serve runs/quickstart --port 8000
 
     Args:
-        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP).
+        run: A run's folder, one of its checkpoints (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf
+            file, or hf:OWNER/NAME.
         host: The address to listen on; 0.0.0.0 is every one of this machine's.
         port: The port to listen on.
         name: The model's name in requests; by default the run's.
@@ -193,18 +196,18 @@ def serve(
         from serve.run import serve as serve_forever
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"dmattn serve needs {error.name}: pip install 'dmattn-jax[serve]'") from error
-    from train.run_files import load_trained
+    from train.run_files import open_model
 
-    trained = load_trained(run, best=best)
+    opened = open_model(run, best=best)
     with bad_values_are_the_users():
         engine = Engine(
-            trained.model(),
+            opened.model,
             slots=slots,
             max_length=max_length,
             prefill_chunk=prefill_chunk,
             max_waiting=max_waiting,
         )
-    serve_forever(engine, trained.tokenizer, name or trained.config.name, host=host, port=port)
+    serve_forever(engine, opened.tokenizer, name or opened.name, host=host, port=port)
     return 0
 
 
@@ -274,8 +277,8 @@ def evaluate(
     return 0
 
 
-def _stop_tokens(trained: TrainedModel) -> tuple[int, ...]:
-    eos = trained.tokenizer.eos_id
+def _stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    eos = tokenizer.eos_id
     return () if eos is None else (eos,)
 
 

@@ -21,7 +21,8 @@ from train.plots import plot_loss, plot_masks
 from train.run_directory import RunDirectory
 
 PICTURE_TOKENS = 512
-SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.6, 0.95
+# Colder than this, small models fall into runs of one token.
+SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.8, 0.95
 
 
 def sample(

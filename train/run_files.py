@@ -7,8 +7,11 @@ from pathlib import Path
 
 import jax
 
-from dmattn_jax.io.tokenizer_files import load_tokenizer
+from dmattn_jax.io.errors import CheckpointFormatError, HubError
+from dmattn_jax.io.pretrained import load_pretrained
+from dmattn_jax.io.tokenizer_files import load_pretrained_tokenizer, load_tokenizer
 from dmattn_jax.io.tokenizers import Tokenizer
+from dmattn_jax.models.decoder import CausalDecoder
 from dmattn_jax.models.doge import DogeForCausalLM
 from train import config_json
 from train.checkpoint import best_step, newest_intact, restore_parameters, steps_in
@@ -38,6 +41,33 @@ class TrainedModel:
 
     def model(self) -> DogeForCausalLM:
         return self.skeleton.merge(self.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model to talk with, from wherever it is. name: how to speak of it."""
+
+    model: CausalDecoder
+    tokenizer: Tokenizer
+    name: str
+
+
+def open_model(path: Path, *, best: bool) -> OpenedModel:
+    """The model of a run (`load_trained`), of a .gguf file, of a Hugging Face folder, or of `hf:OWNER/NAME` on the hub.
+
+    Raises UserError where there is none, or it cannot be read.
+    """
+    hub = str(path).startswith("hf:")
+    folder = (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
+    if not (hub or folder or path.suffix == ".gguf"):
+        trained = load_trained(path, best=best)
+        return OpenedModel(trained.model(), trained.tokenizer, trained.config.name)
+    source = str(path).removeprefix("hf:")
+    try:
+        model = load_pretrained(source)
+        return OpenedModel(model, load_pretrained_tokenizer(source, model.config.vocab_size), path.stem)
+    except (CheckpointFormatError, HubError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise CheckpointError(" ".join(str(error).split())) from error
 
 
 def load_trained(path: Path, *, best: bool) -> TrainedModel:
