@@ -112,10 +112,15 @@ def summarize(config: TrainConfig, directory: RunDirectory, last: Evaluation | N
         f"  numbers          {directory.metrics}; tensorboard --logdir {directory.events}",
         f"  samples          {directory.samples}",
         "next:",
-        f"  dmattn generate {path} --prompt {config.log.sample_prompt!r}",
+        f"  dmattn generate {path} --prompt {_in_a_shell(config.log.sample_prompt)}",
         f"  dmattn eval {path} --text FILE_OR_DIRECTORY",
     ]
     say("\n".join(lines))
+
+
+def _in_a_shell(text: str) -> str:
+    """A quoted argument on one line: $'…' is how a shell reads the escapes of a text of several lines."""
+    return f"${text!r}" if "\n" in text else repr(text)
 
 
 def _clock(seconds: float) -> str:
