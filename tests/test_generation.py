@@ -47,7 +47,9 @@ def logits_of(model, tokens, segment_ids):
     return model(tokens, segment_ids)
 
 
-@pytest.mark.parametrize(("attention", "experts"), [("dma", 9), ("swa", 0), ("mha", 0)])
+@pytest.mark.parametrize(
+    ("attention", "experts"), [("dma", 9), *(pytest.param(kind, 0, marks=pytest.mark.slow) for kind in ("swa", "mha"))]
+)
 def test_greedy_is_the_argmax_of_the_whole_forward(attention, experts):
     model = make(attention, num_experts=experts, num_experts_per_token=3)
     for prompt, new in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=13), strict=True):
@@ -61,7 +63,7 @@ def test_greedy_is_the_argmax_of_the_whole_forward(attention, experts):
             assert here[token] > here.max() - 1e-4 * np.abs(here).max()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_first_row_is_the_same_alone_and_in_a_batch(temperature):
     options = {"max_new_tokens": 11, "temperature": temperature, "seed": 4}
     prompts = [*PROMPTS[:2], LONG]

@@ -46,7 +46,7 @@ def key_gradients(
     own = capacity if lists is None else lists.epoch_size
     dtype, exact = query.dtype, query.dtype == jnp.float32
 
-    def body(bounds_ref, query_ref, dout_ref, stats_ref, key_ref, value_ref, bias_ref, span_ref, *rest):
+    def body(bounds_ref, key_ref, value_ref, bias_ref, span_ref, query_ref, dout_ref, stats_ref, *rest):
         if lists is None:
             dkey_out, dvalue_out, dbias_out, dkey, dvalue, dbias, bias, begin, end = rest
         else:
@@ -150,16 +150,12 @@ def key_gradients(
 
     of_tile = pl.BlockSpec((None, None, group, block_q, dim), lambda b, k, n, t: (b, k, 0, query_tile(n, t), 0))
     in_specs = [
-        of_block(4, capacity // LANES, memory_space=pltpu.SMEM),
+        *rows.specs(lambda b, k, n, t: (b, k, block(n))),
         of_tile,
         of_tile,
         pl.BlockSpec((None, None, None, 8, count), lambda b, k, n, t: (b, k, query_tile(n, t), 0, 0)),
-        of_block(capacity, dim),
-        of_block(capacity, dim),
-        of_block(1, capacity),
-        of_block(2, capacity),
     ]
-    inputs = [rows.bounds, query, dout, stats, rows.key, rows.value, rows.bias, rows.span]
+    inputs = [*rows.arrays, query, dout, stats]
     by_position = pl.BlockSpec((None, None, own, dim), lambda b, k, n, t: (b, k, block(n), 0))
     out_specs = [by_position, by_position, pl.BlockSpec((None, None, 1, own), lambda b, k, n, t: (b, k, 0, block(n)))]
     out_shape = [

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode, list_bytes
-from pallas_kernels.tpu.tiles import LOG2E, NN, NT, Rows, columns, product, walk
+from pallas_kernels.tpu.tiles import NN, NT, Rows, columns, logits, product, visible, walk
 
 
 def query_gradient(
@@ -29,7 +29,7 @@ def query_gradient(
     count = group * block_q
     chunks = 1 if rows.listed else blocks
 
-    def body(bounds_ref, query_ref, dout_ref, stats_ref, key_ref, value_ref, bias_ref, span_ref, out_ref, acc, saved):
+    def body(bounds_ref, key_ref, value_ref, bias_ref, span_ref, query_ref, dout_ref, stats_ref, out_ref, acc, saved):
         chunk = pl.program_id(3)
         first = lax.rem(pl.program_id(2), rows.tiles) * block_q
         last = first + block_q - 1
@@ -43,16 +43,14 @@ def query_gradient(
         def step(at, width, masked):
             slots = pl.ds(at, width)
             shift, inverse, delta = (jnp.tile(saved[stat], (1, width // LANES)) for stat in range(3))
-            scores = product(query_ref[...].reshape(count, dim), key_ref[slots, :], NT)
-            scores = scores * (scale * LOG2E) + bias_ref[:, slots]
+            scores = logits(query_ref[...].reshape(count, dim), key_ref, bias_ref, slots, scale)
             weights = jnp.exp2(scores - shift) * inverse
             dweights = product(dout_ref[...].reshape(count, dim), value_ref[slots, :], NT)
             dscores = weights * (dweights - delta)
             if masked:
-                position = first + lax.broadcasted_iota(jnp.int32, (block_q, width), 0)
-                visible = (span_ref[0:1, slots] <= position) & (position < span_ref[1:2, slots])
+                seen = visible(span_ref, slots, first, block_q)
                 # A weight that rounds to 1 leaves nothing for the others: its exact ds is below rounding.
-                keep = visible[None] & (weights.reshape(group, block_q, width) != 1.0)
+                keep = seen[None] & (weights.reshape(group, block_q, width) != 1.0)
                 dscores = jnp.where(keep, dscores.reshape(group, block_q, width), 0.0).reshape(count, width)
             acc[...] += product(dscores.astype(query_ref.dtype), key_ref[slots, :], NN)
 
@@ -62,26 +60,16 @@ def query_gradient(
         def _finish():
             out_ref[...] = (acc[...] * scale).reshape(group, block_q, dim).astype(out_ref.dtype)
 
-    block = (lambda t, c: lax.div(t, rows.tiles)) if rows.listed else (lambda t, c: c)
-
-    def of_block(*shape, memory_space=pltpu.VMEM):
-        return pl.BlockSpec(
-            (None, None, None, *shape), lambda b, k, t, c: (b, k, block(t, c), 0, 0), memory_space=memory_space
-        )
-
+    of_rows = rows.specs(lambda b, k, t, c: (b, k, rows.met_by(t, c)))
     of_tile = pl.BlockSpec((None, None, group, block_q, dim), lambda b, k, t, c: (b, k, 0, t, 0))
     return pl.pallas_call(
         body,
         grid=(batch, kv_heads, queries // block_q, chunks),
         in_specs=[
-            of_block(4, capacity // LANES, memory_space=pltpu.SMEM),
+            *of_rows,
             of_tile,
             of_tile,
             pl.BlockSpec((None, None, None, 8, count), lambda b, k, t, c: (b, k, t, 0, 0)),
-            of_block(capacity, dim),
-            of_block(capacity, dim),
-            of_block(1, capacity),
-            of_block(2, capacity),
         ],
         out_specs=of_tile,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -91,4 +79,4 @@ def query_gradient(
         ),
         interpret=interpret_mode(),
         name="interval_attention_dquery",
-    )(rows.bounds, query, dout, stats, rows.key, rows.value, rows.bias, rows.span)
+    )(*rows.arrays, query, dout, stats)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode, list_bytes
-from pallas_kernels.tpu.tiles import LOG2E, NN, NT, Rows, fold_lanes, product, walk
+from pallas_kernels.tpu.tiles import NN, Rows, fold_lanes, logits, product, visible, walk
 
 
 def attend(
@@ -26,7 +26,7 @@ def attend(
     count = group * block_q
     chunks = 1 if rows.listed else blocks
 
-    def body(bounds_ref, query_ref, key_ref, value_ref, bias_ref, span_ref, out_ref, stats_ref, largest, total, acc):
+    def body(bounds_ref, key_ref, value_ref, bias_ref, span_ref, query_ref, out_ref, stats_ref, largest, total, acc):
         chunk = pl.program_id(3)
         first = lax.rem(pl.program_id(2), rows.tiles) * block_q
         last = first + block_q - 1
@@ -39,12 +39,10 @@ def attend(
 
         def step(at, width, masked):
             slots = pl.ds(at, width)
-            scores = product(query_ref[...].reshape(count, dim), key_ref[slots, :], NT)
-            scores = scores * (scale * LOG2E) + bias_ref[:, slots]
+            scores = logits(query_ref[...].reshape(count, dim), key_ref, bias_ref, slots, scale)
             if masked:
-                position = first + lax.broadcasted_iota(jnp.int32, (block_q, width), 0)
-                visible = (span_ref[0:1, slots] <= position) & (position < span_ref[1:2, slots])
-                scores = jnp.where(visible[None], scores.reshape(group, block_q, width), -jnp.inf)
+                seen = visible(span_ref, slots, first, block_q)
+                scores = jnp.where(seen[None], scores.reshape(group, block_q, width), -jnp.inf)
                 scores = scores.reshape(count, width)
             before = largest[...]
             new = jnp.maximum(before, scores.max(axis=1, keepdims=True))
@@ -71,25 +69,15 @@ def attend(
             both = jnp.where(lax.broadcasted_iota(jnp.int32, shift.shape, 1) == 0, shift, sums)
             stats_ref[...] = both.T[0:2, :]
 
-    block = (lambda t, c: lax.div(t, rows.tiles)) if rows.listed else (lambda t, c: c)
-
-    def of_block(*shape, memory_space=pltpu.VMEM):
-        return pl.BlockSpec(
-            (None, None, None, *shape), lambda b, k, t, c: (b, k, block(t, c), 0, 0), memory_space=memory_space
-        )
-
+    of_rows = rows.specs(lambda b, k, t, c: (b, k, rows.met_by(t, c)))
     of_tile = pl.BlockSpec((None, None, group, block_q, dim), lambda b, k, t, c: (b, k, 0, t, 0))
     tiles = queries // block_q
     return pl.pallas_call(
         body,
         grid=(batch, kv_heads, tiles, chunks),
         in_specs=[
-            of_block(4, capacity // LANES, memory_space=pltpu.SMEM),
+            *of_rows,
             of_tile,
-            of_block(capacity, dim),
-            of_block(capacity, dim),
-            of_block(1, capacity),
-            of_block(2, capacity),
         ],
         out_specs=[of_tile, pl.BlockSpec((None, None, None, 2, count), lambda b, k, t, c: (b, k, t, 0, 0))],
         out_shape=[
@@ -106,7 +94,7 @@ def attend(
         ),
         interpret=interpret_mode(),
         name="interval_attention_forward",
-    )(rows.bounds, query, rows.key, rows.value, rows.bias, rows.span)
+    )(*rows.arrays, query)
 
 
 def _lanes(column: Float[Array, "R 128"], dim: int) -> Float[Array, "R D"]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int32
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.tpu.config import LANES, TpuBlockSizes
 
@@ -37,6 +38,27 @@ class Rows:
     bounds: Int32[Array, "B K N 4 tiles"]
     listed: bool
     tiles: int
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """A kernel's inputs, in the order of `specs`."""
+        return self.bounds, self.key, self.value, self.bias, self.span
+
+    def specs(self, place: Callable[..., tuple]) -> list[pl.BlockSpec]:
+        """One block of each of `arrays` a grid step. place(*grid step): batch item, kv head, number of the block."""
+        capacity, dim = self.key.shape[3:]
+
+        def spec(*shape, memory_space=pltpu.VMEM):
+            return pl.BlockSpec(
+                (None, None, None, *shape), lambda *step: (*place(*step), 0, 0), memory_space=memory_space
+            )
+
+        bounds = spec(4, capacity // LANES, memory_space=pltpu.SMEM)
+        return [bounds, spec(capacity, dim), spec(capacity, dim), spec(1, capacity), spec(2, capacity)]
+
+    def met_by(self, tile, chunk):
+        """The block that a query tile meets: its epoch's list, or any chunk of all keys."""
+        return lax.div(tile, self.tiles) if self.listed else chunk
 
 
 def make_rows(key, value, bias, span, *, listed: bool, tiles: int) -> Rows:
@@ -83,6 +105,17 @@ def fold_lanes(array: Float[Array, "m n"]) -> Float[Array, "m 128"]:
 def columns(row: Array) -> Array:
     """A row [1, n] as [n, 128]: entry i in all lanes of row i."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def logits(query: Float[Array, "R D"], key_ref, bias_ref, slots, scale: float) -> Float[Array, "R n"]:
+    """Biased logits in base 2 of query rows and slots."""
+    return product(query, key_ref[slots, :], NT) * (scale * LOG2E) + bias_ref[:, slots]
+
+
+def visible(span_ref, slots, first, queries: int) -> Bool[Array, "queries n"]:
+    """Which of the queries [first, first + queries) see which slots."""
+    position = first + lax.broadcasted_iota(jnp.int32, (queries, slots.size), 0)
+    return (span_ref[0:1, slots] <= position) & (position < span_ref[1:2, slots])
 
 
 def visits(bounds_ref, tile, first, last):
