@@ -389,6 +389,21 @@ def test_the_console_script_is_there():
     assert child.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_plan_by_the_tpu_compiler(capsys):
+    small = ("--model.num-layers", "2", "--batch-size", "4", "--mesh.fsdp", "4")
+    assert cli.main(["plan", "doge-20m", *small, "--topology", "v5e:2x2"]) == 0
+    assert "compiled for TPU v5 lite" in capsys.readouterr().out
+    line = refused(capsys, "plan", "doge-160m", "--batch-size", "512", "--topology", "v5e:2x2")
+    assert "does not fit on v5e:2x2" in line
+    assert "--model.remat" in line
+    assert "not one like v5e:2x2" in refused(capsys, "plan", "doge-20m", "--topology", "v99:2x2")
+
+
+def test_a_topology_needs_a_name(capsys):
+    assert "--topology needs a name" in refused(capsys, "plan", "doge-20m", "--topology")
+
+
 def test_models_from_elsewhere_generate_too(capsys, trained, tmp_path):
     """A Hugging Face folder in the place of a run; what is no model is refused in one line."""
     folder = tmp_path / "exported"

@@ -27,11 +27,13 @@ Examples:
   dmattn train doge-20m --data.source texts/ --data.tokenizer tokenizer.json --lr auto --mesh.fsdp 4"""
 
 PLAN_HELP = """Parameters, operations per token and memory per device of a preset, with nothing allocated.
-The mesh may be larger than this machine; an axis of -1 counts as 1.
+The mesh may be larger than this machine; an axis of -1 counts as 1. With --topology the real TPU compiler tells the
+memory of a TPU, without one (needs libtpu: pip install 'dmattn-jax[tpu]').
 
 Examples:
   dmattn plan doge-60m
-  dmattn plan 1.7b --mesh.fsdp 8 --model.remat"""
+  dmattn plan 1.7b --mesh.fsdp 8 --model.remat
+  dmattn plan doge-160m --mesh.fsdp 4 --batch-size 32 --model.remat --topology v5e:2x2"""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -160,12 +162,19 @@ def _initialize_distributed() -> None:
 
 
 def _plan(args: Sequence[str]) -> int:
+    args, topology = list(args), None
+    if "--topology" in args:
+        at = args.index("--topology")
+        if at + 1 == len(args):
+            raise ConfigError("--topology needs a name, such as v5e:2x2")
+        topology = args[at + 1]
+        del args[at : at + 2]
     config = _preset_config("plan", PLAN_HELP, args)
     if config is None:
         return 0
     from train.plan import describe, plan_memory
 
-    print(describe(config, plan_memory(config)))
+    print(describe(config, plan_memory(config, topology)))
     return 0
 
 

@@ -2,12 +2,14 @@
 
 The step is compiled for a mesh of CPU devices in a process of its own (`python -m train.plan` reads a configuration
 on stdin and writes JSON), so a mesh larger than this machine can be planned. What is exact on any device: the
-bytes of parameters, optimizer state and batch. The compiler's temporary memory is that of the CPU's program.
+bytes of parameters, optimizer state and batch. The compiler's temporary memory is that of the CPU's program, or, for a
+TPU topology that is named, that of the real TPU program: libtpu compiles without a TPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from typing import Any
 
 from train import config_json
 from train.config import TrainConfig
-from train.errors import ConfigError, MeshError, UserError
+from train.errors import ConfigError, MeshError, MissingExtraError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class MemoryPlan:
     """Bytes per device.
 
     parameters, optimizer, batch: what a device holds of each. gradients: as large as its parameters.
-    temporary: activations and gradients together, as the CPU's compiler lays them out.
+    temporary: activations and gradients together, as the compiler for `compiled_for` lays them out.
     """
 
     devices: int
@@ -38,6 +40,7 @@ class MemoryPlan:
     optimizer: int
     batch: int
     temporary: int
+    compiled_for: str = "CPU"
 
     @property
     def total(self) -> int:
@@ -49,18 +52,23 @@ def planned_devices(config: TrainConfig) -> int:
     return math.prod(size for size in dataclasses.astuple(config.mesh) if size != -1)
 
 
-def plan_memory(config: TrainConfig) -> MemoryPlan:
-    """Compiles the training step for the configuration's mesh in another process. Raises what a run would raise."""
+def plan_memory(config: TrainConfig, topology: str | None = None) -> MemoryPlan:
+    """Compiles the training step for the configuration's mesh in another process. Raises what a run would raise.
+
+    topology: a TPU topology such as `v5e:2x2` whose compiler to use; None for the CPU's.
+    """
     count = planned_devices(config)
     if count < 1:
         raise MeshError(f"mesh sizes must be >= 1 or -1, got {dataclasses.asdict(config.mesh)}")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    # Without a TPU there is no metadata server to ask, and nothing that its lock would protect.
+    for_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} if topology else {}
     child = subprocess.run(
-        [sys.executable, "-m", "train.plan"],
+        [sys.executable, "-m", "train.plan", *([topology] if topology else [])],
         input=config_json.to_json(config),
         capture_output=True,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), **for_tpu},
         check=False,
     )
     if child.returncode == UserError.exit_code:
@@ -109,6 +117,7 @@ def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> t
         optimizer=bytes_on_a_device(state.optimizer),
         batch=bytes_on_a_device(batch),
         temporary=compiled.memory_analysis().temp_size_in_bytes,
+        compiled_for=devices[0].device_kind if devices else "CPU",
     )
     return plan, compiled
 
@@ -148,7 +157,8 @@ def describe(config: TrainConfig, memory: MemoryPlan) -> str:
         f"    parameters      {memory.parameters / 2**20:12,.1f} MiB",
         f"    optimizer       {memory.optimizer / 2**20:12,.1f} MiB",
         f"    batch           {memory.batch / 2**20:12,.1f} MiB",
-        f"    temporary       {memory.temporary / 2**20:12,.1f} MiB  (gradients and activations, compiled for CPU)",
+        f"    temporary       {memory.temporary / 2**20:12,.1f} MiB  "
+        f"(gradients and activations, compiled for {memory.compiled_for})",
         f"    together        {memory.total / 2**20:12,.1f} MiB",
     ]
     return "\n".join(lines)
@@ -161,9 +171,40 @@ def _days(total: float) -> str:
     return f"{hours:,.2f} hours of one H100 at 40% MFU"
 
 
+def compile_for_topology(config: TrainConfig, topology: str) -> MemoryPlan:
+    """`compile_step` for the first devices of a TPU topology. Raises ConfigError where there is no such topology, or
+    the step does not fit in its memory, and MissingExtraError without libtpu."""
+    import jax
+    from jax.experimental import topologies
+
+    from pallas_kernels.tpu.config import compiling_for
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise MissingExtraError("--topology needs the TPU compiler: pip install 'dmattn-jax[tpu]'")
+    try:
+        devices: list[Any] = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"topology {topology!r} is not one like v5e:2x2 or v5p:2x2x1: {_one_line(error)}") from None
+    try:
+        with compiling_for(devices[0].device_kind):
+            return compile_step(config, devices)[0]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(
+            f"the step does not fit on {topology}: {_one_line(error)}; "
+            "try --model.remat, a smaller --batch-size, --accumulate or more devices"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
 def main() -> int:
     try:
-        result, _ = compile_step(config_json.from_json(sys.stdin.read(), "the configuration"))
+        config = config_json.from_json(sys.stdin.read(), "the configuration")
+        result = compile_for_topology(config, sys.argv[1]) if sys.argv[1:] else compile_step(config)[0]
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
