@@ -55,10 +55,21 @@ def dynamic_mask_attention(
     windows = check_window(window, kv_heads)
     check_segment_ids(segment_ids, batch, length)
     documents = document_bounds(segment_ids, batch, length)
-    choice = choose_keys(jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1), windows, documents, causal=causal)
+    backend = choose_implementation(implementation, query.dtype, query.shape[3])
     token = None if segment_ids is None else documents.token
+    ranked = jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1)
     if causal:
-        return _attend(query, key, value, gate, choice, max(windows), token, scale, implementation)
+        blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3])
+        if backend.select is not None:
+            ranked = jnp.where(documents.token[:, None], ranked, -jnp.inf)
+            intervals = backend.select(
+                ranked, windows, documents.start, documents.end, queries=query.shape[1], blocks=blocks
+            )
+        else:
+            choice = choose_keys(ranked, windows, documents, causal=True)
+            intervals = lay_out(choice, queries=query.shape[1], window=max(windows), blocks=blocks)
+        return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
+    choice = choose_keys(ranked, windows, documents, causal=False)
     chosen = choice.expiry > jnp.arange(length, dtype=jnp.int32)
     start = jnp.broadcast_to(documents.start[:, None], chosen.shape)
     end = jnp.where(chosen, choice.expiry, start)
@@ -70,7 +81,6 @@ def dynamic_mask_attention(
         first, last = key.shape[1] - query.shape[1], key.shape[1]
         start = jnp.full_like(index, first)
         end = jnp.where(jnp.take_along_axis(chosen, index, axis=-1), last, first)
-    backend = choose_implementation(implementation, query.dtype, query.shape[3])
     return _run(query, key, value, gate, Intervals(start, end), token, scale, backend)
 
 
@@ -93,11 +103,24 @@ def sliding_window_attention(
     batch, length, kv_heads = key.shape[:3]
     windows = check_window(window, kv_heads)
     check_segment_ids(segment_ids, batch, length)
+    if implementation is None and segment_ids is None and len(set(windows)) == 1 and _cudnn_runs(query, key):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if windows[0] >= length else (windows[0] - 1, 0),
+            implementation="cudnn",
+        )
     documents = document_bounds(segment_ids, batch, length)
+    backend = choose_implementation(implementation, query.dtype, query.shape[3])
+    blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3])
     choice = last_keys(windows, documents)
+    intervals = lay_out(choice, queries=query.shape[1], window=max(windows), blocks=blocks)
     gate = jnp.zeros((batch, length, kv_heads), jnp.promote_types(query.dtype, jnp.float32))
     token = None if segment_ids is None else documents.token
-    return _attend(query, key, value, gate, choice, max(windows), token, scale, implementation)
+    return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
 
 
 def causal_attention(
@@ -115,8 +138,6 @@ def causal_attention(
     kernel with the identity layout, so that no path holds T×S logits.
     """
     check_attention(query, key, value, None)
-    if implementation is None and segment_ids is None and _cudnn_runs(query, key):
-        return jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=True, implementation="cudnn")
     return sliding_window_attention(
         query,
         key,
@@ -126,15 +147,6 @@ def causal_attention(
         scale=scale,
         implementation=implementation,
     )
-
-
-def _attend(query, key, value, gate, choice, window, token, scale, implementation):
-    """Causal attention for known lifetimes."""
-    queries, length, head_dim = query.shape[1], key.shape[1], query.shape[3]
-    backend = choose_implementation(implementation, query.dtype, query.shape[3])
-    blocks = backend.block_sizes(queries, length, window, head_dim)
-    intervals = lay_out(choice, queries=queries, window=window, blocks=blocks)
-    return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
 
 
 def _run(query, key, value, gate, intervals, token: Bool[Array, "B S"] | None, scale, backend, blocks=None):

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dmattn_jax.validation import check_window
+from pallas_kernels.order import sortable
 
 EMPTY = -1
 """The position of a slot that holds nothing."""
@@ -207,12 +208,3 @@ Cache = WindowCache | DenseCache
 def token_positions(length: Int32[Array, " B"], token: Bool[Array, "B T"]) -> Int32[Array, "B T"]:
     """Positions of a chunk's tokens in their document, of which `length` came before; padding gets the last one's."""
     return length[:, None] + jnp.cumsum(token, axis=1, dtype=jnp.int32) - 1
-
-
-def sortable(gate: Float[Array, "*n"]) -> Int32[Array, "*n"]:
-    """Integers in the order of float32 gates: −inf least, −0 equal to 0, NaN (either sign) above +inf."""
-    gate = jnp.where(gate == 0, 0.0, gate.astype(jnp.float32))
-    bits = jax.lax.bitcast_convert_type(gate, jnp.int32)
-    order = jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits - 1, bits)
-    # One below the greatest integer, which marks slots that no key may take.
-    return jnp.where(jnp.isnan(gate), jnp.iinfo(jnp.int32).max - 1, order)

@@ -152,6 +152,28 @@ class Backward(Protocol):
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"], Float[Array, "B S K"]]: ...
 
 
+@runtime_checkable
+class Select(Protocol):
+    """From gates to intervals, for dynamic masks: key j is visible from j on, until `windows[k]` keys of its document
+    are above it by (gate, position).
+
+    gate: −inf at padding and wherever a key is never visible; NaN ranks above +inf, −0 ties with 0. start, end: the
+    bounds of each position's document. Queries are the last of the positions. `lists` where they are shorter than the
+    row of keys.
+    """
+
+    def __call__(
+        self,
+        gate: Float[Array, "B K S"],
+        windows: tuple[int, ...],
+        start: Int32[Array, "B S"],
+        end: Int32[Array, "B S"],
+        *,
+        queries: int,
+        blocks: BlockSizes,
+    ) -> Intervals: ...
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A forward and a backward for one kind of device.
@@ -159,6 +181,7 @@ class Implementation:
     block_sizes(queries, keys, window, head_dim): sizes for a shape; `window` is the largest of the heads'.
     unavailable(): None where it runs on this machine, else the reason in words, as `explain` prints it.
     unsupported(dtype, head_dim): None where it takes such queries, else the reason in words.
+    select: how this device chooses keys and lays them out, where it has a faster way than the portable one.
     """
 
     name: str
@@ -167,3 +190,4 @@ class Implementation:
     block_sizes: Callable[[int, int, int, int], BlockSizes]
     unavailable: Callable[[], str | None]
     unsupported: Callable[[jnp.dtype, int], str | None]
+    select: Select | None = None

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmattn_jax.cache import DenseCache, WindowCache, sortable
+from dmattn_jax.cache import DenseCache, WindowCache
 from dmattn_jax.oracle import visible_keys_oracle
 
 B, K, D, N = 2, 3, 5, 29

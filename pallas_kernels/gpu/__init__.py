@@ -3,6 +3,7 @@
 from pallas_kernels.contract import Implementation
 from pallas_kernels.gpu.config import block_sizes, unavailable, unsupported
 from pallas_kernels.gpu.passes import backward, forward
+from pallas_kernels.gpu.selection import select
 
 MOSAIC_GPU = Implementation(
     name="mosaic_gpu",
@@ -11,6 +12,7 @@ MOSAIC_GPU = Implementation(
     block_sizes=block_sizes,
     unavailable=unavailable,
     unsupported=unsupported,
+    select=select,
 )
 
 __all__ = ["MOSAIC_GPU"]

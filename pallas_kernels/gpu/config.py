@@ -36,9 +36,10 @@ class HopperBlockSizes(BlockSizes):
 
 
 def block_sizes(queries: int, keys: int, window: int, head_dim: int) -> HopperBlockSizes:
-    """Epochs as long as the window, at least 512: a list then holds at most 2 rows a query beyond short windows."""
+    """Epochs as long as the window or the next power of two, at least 512 and at most 4,096 queries: a list then holds
+    at most 2 rows a query beyond short windows."""
     del queries, keys, head_dim
-    epoch = min(max(512, -(-window // 128) * 128), 4096)
+    epoch = min(max(512, 1 << (window - 1).bit_length()), 4096)
     return HopperBlockSizes(epoch=epoch, block_q=128, block_k=128, granule=128)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.contract import BlockSizes, EpochLists, Intervals, Normalizer
+from pallas_kernels.contract import BlockSizes, Intervals, Normalizer
 from pallas_kernels.gpu.backward_key import key_gradients
 from pallas_kernels.gpu.backward_query import query_gradient
 from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes
+from pallas_kernels.gpu.epoch_sums import sum_rows, sum_scalars
 from pallas_kernels.gpu.forward import attend
 from pallas_kernels.gpu.tiles import LOG2E, gather_rows, key_walks, padded_length, query_runs
 
@@ -61,57 +61,17 @@ def backward(
     runs, walks = query_runs(rows, queries, blocks), key_walks(rows, blocks)
     dquery = query_gradient(query, dout, stats, rows, runs, scale=scale, sizes=blocks)
     both, dbias = key_gradients(query, dout, stats, rows, walks, scale=scale, sizes=blocks)
-    dbias = jnp.moveaxis(dbias, 1, 2)
     if intervals.lists is not None:
-        both, dbias = sum_over_epochs((both, dbias), intervals.lists, length=length, queries=queries)
+        both = sum_rows(both, intervals.lists, length=length, queries=queries)
+        dbias = sum_scalars(dbias, intervals.lists, length=length, queries=queries)
     wide = padded_key.shape[3]
     dkey, dvalue = both[:, :length, :, :dim], both[:, :length, :, wide : wide + dim]
     return (
         dquery[:, :queries, :, :dim],
         dkey.astype(key.dtype),
         dvalue.astype(value.dtype),
-        dbias[:, :length].astype(bias.dtype),
+        jnp.moveaxis(dbias[..., :length], 1, 2).astype(bias.dtype),
     )
-
-
-def sum_over_epochs(parts: tuple[Array, ...], lists: EpochLists, *, length: int, queries: int) -> tuple[Array, ...]:
-    """Gradients [B, E·C, K, …] of list rows, summed to those of the keys, [B, S, K, …]; always in the same order.
-
-    From the last epoch to the first, every slot adds what its key collected later; a key's sum is read out at the
-    epoch in which it entered. Keys before the first query are read out of epoch 0.
-    """
-    batch, kv_heads, epochs, capacity = lists.index.shape
-    offset, size = length - queries, lists.epoch_size
-    item = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    head = jnp.arange(kv_heads, dtype=jnp.int32)
-
-    def take(array, slot):
-        return array.at[item, slot, head].get(mode="fill", fill_value=0)
-
-    def by_epoch(array):
-        return jnp.moveaxis(array.reshape(batch, epochs, capacity, *array.shape[2:]), 1, 0)
-
-    entry = jnp.moveaxis(lists.entry_slot, 1, 2)
-    missing = epochs * size - queries
-    entries = jnp.pad(entry[:, offset:], [(0, 0), (0, missing), (0, 0)], constant_values=capacity)
-    entries = jnp.moveaxis(entries.reshape(batch, epochs, size, kv_heads), 1, 0)
-    following = jnp.moveaxis(lists.next_slot, (2, 3), (0, 2))
-
-    def step(later, epoch):
-        own, next_slot, slot = epoch
-        total = tuple(part + take(after, next_slot) for part, after in zip(own, later, strict=True))
-        return total, tuple(take(part, slot) for part in total)
-
-    own = tuple(by_epoch(part) for part in parts)
-    start = tuple(jnp.zeros_like(part[0]) for part in own)
-    first, found = jax.lax.scan(step, start, (own, following, entries), reverse=True)
-    found = tuple(
-        jnp.moveaxis(part, 0, 1).reshape(batch, epochs * size, *part.shape[3:])[:, :queries] for part in found
-    )
-    if not offset:
-        return found
-    before = tuple(take(part, entry[:, :offset]) for part in first)
-    return tuple(jnp.concatenate(pair, axis=1) for pair in zip(before, found, strict=True))
 
 
 def _pad_heads(array: Float[Array, "B N H D"]) -> Float[Array, "B N H _"]:

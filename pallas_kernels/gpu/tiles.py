@@ -112,7 +112,8 @@ def query_runs(rows: Rows, queries: int, sizes: HopperBlockSizes) -> Int32[Array
     def count(bounds, limit, side):
         """How many of ascending bounds [B, K, E, tiles] lie below each limit; at it, too, for side "right"."""
         flat = bounds.reshape(-1, bounds.shape[-1])
-        found = jax.vmap(lambda row: jnp.searchsorted(row, limit, side=side))(flat)
+        # Few bounds and few limits: one comparison of all beats a loop of tiny kernels.
+        found = jax.vmap(lambda row: jnp.searchsorted(row, limit, side=side, method="compare_all"))(flat)
         return found.reshape(*bounds.shape[:-1], -1).astype(jnp.int32)
 
     split = rows.carried // sizes.block_k

@@ -1,0 +1,349 @@
+"""Lifetimes and epoch lists on a GPU: a tree of merges, in which no step is longer than a few kernels.
+
+A prefix is summarised by its own top w, and of the keys that a prefix shows only the lowest L can leave during the
+next L positions. So, per kv head:
+
+1. up: blocks of 32 keys are sorted, then merged in pairs up to the length of an epoch;
+2. across: prefixes of whole epochs get their top w in a scan of log₂(epochs) merges. These are the lists' carried
+   keys, in order;
+3. down: the lowest L of the prefix before a block of L keys split in two. The first half keeps the lowest L/2; the
+   second half gets them from the merge with the first half's own keys. Both are L/2 long;
+4. at blocks of 32, each of the 32 lowest and the 32 that enter counts the entering keys above it in the bits of a word:
+   it leaves at the n-th set one.
+
+Each step writes as many numbers as there are keys, so the work is N log N and the memory O(N).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.contract import BlockSizes, EpochLists, Intervals
+from pallas_kernels.gpu.gathers import gathered
+from pallas_kernels.gpu.ranked import (
+    NOTHING,
+    TAKEN,
+    List,
+    Ranked,
+    bits_of,
+    last_not_above,
+    merged,
+    nth_set_bit,
+    place_of,
+    set_bits,
+)
+from pallas_kernels.order import sortable
+
+LEAF = 32
+"""Keys of a leaf: the bits of a word."""
+
+
+def select(
+    gate: Float[Array, "B K S"],
+    windows: tuple[int, ...],
+    start: Int32[Array, "B S"],
+    end: Int32[Array, "B S"],
+    *,
+    queries: int,
+    blocks: BlockSizes,
+) -> Intervals:
+    """`contract.Select`: what each key's gate and document make of it; lists where they are shorter than the row."""
+    batch, heads, length = gate.shape
+    position = jnp.arange(length, dtype=jnp.int32)
+    starts = jnp.broadcast_to(position, gate.shape)
+    hidden = jnp.isneginf(gate)
+    if min(windows) >= length:
+        return Intervals(starts, jnp.where(hidden, position, jnp.broadcast_to(end[:, None], gate.shape)))
+    listed = max(windows) + blocks.epoch < length
+    size = blocks.epoch if listed else min(blocks.epoch, max(LEAF, 1 << (length - 1).bit_length()))
+    if size % LEAF or size & (size - 1):
+        raise ValueError(f"epoch must be a power of two, {LEAF} or more, got {size}")
+    # Epochs count from the first query; keys before it fill whole epochs of their own.
+    front = -(length - queries) % size if listed else 0
+    padded = -(-(front + length) // size) * size
+    tree = _Tree(batch, heads, padded, size, tuple(min(window, length) for window in windows))
+
+    def pad(array, fill):
+        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(front, padded - front - length)], constant_values=fill)
+
+    order = pad(jnp.where(hidden, NOTHING, sortable(gate)), NOTHING).reshape(tree.rows, padded)
+    # Padding is a document of its own for each place, so that nothing passes over it.
+    own = jnp.arange(padded, dtype=jnp.int32)
+    real = (own >= front) & (own < front + length)
+    begins = jnp.where(real, pad(start + front, 0), own)
+    begins = jnp.repeat(begins, heads, axis=0)
+    sorted_blocks = _sort_blocks(tree, order, begins)
+    prefixes = _prefixes(tree, sorted_blocks[size], begins)
+    lowest = _lowest(tree, sorted_blocks, prefixes, begins)
+    leaves = _leave(tree, order, lowest, begins)
+    expiry = jnp.minimum(leaves.reshape(batch, heads, padded)[..., front : front + length] - front, end[:, None])
+    expiry = jnp.where(hidden, position, jnp.maximum(expiry, position))
+    lists = None
+    if listed:
+        lists = _lists(tree, order, prefixes, expiry, length=length, queries=queries, front=front, blocks=blocks)
+    return Intervals(starts, expiry, lists)
+
+
+class _Tree:
+    """The shape of the work: `rows` = batch · heads rows of `padded` keys in epochs of `size`; windows per row."""
+
+    def __init__(self, batch: int, heads: int, padded: int, size: int, windows: tuple[int, ...]):
+        self.rows, self.padded, self.size = batch * heads, padded, size
+        self.capacity = max(windows)
+        self.windows = jnp.tile(jnp.asarray(windows, jnp.int32), batch)[:, None, None]
+
+    def blocks(self, array: Int32[Array, "R P"], size: int) -> Int32[Array, "R n c"]:
+        return array.reshape(self.rows, self.padded // size, size)
+
+    def first(self, size: int) -> Int32[Array, " n"]:
+        """Where blocks begin."""
+        return jnp.arange(self.padded // size, dtype=jnp.int32) * size
+
+    def lists(self, count: int, size: int, parts: tuple[Int32[Array, " n"], Int32[Array, " n"]]) -> Ranked:
+        """Flat results as `count` lists a row."""
+        return Ranked(*(part.reshape(self.rows, count, size) for part in parts))
+
+
+def _sort_blocks(tree: _Tree, order: Int32[Array, "R P"], begins: Int32[Array, "R P"]) -> dict[int, Ranked]:
+    """Keys of each block's last document, sorted, for every block length from a leaf's to an epoch's."""
+    leaf, begin = tree.blocks(order, LEAF), tree.blocks(begins, LEAF)
+    leaf = jnp.where(begin == begin[..., -1:], leaf, NOTHING)
+    within = jnp.arange(LEAF, dtype=jnp.int32)
+    rank = _above(leaf).sum(-1, dtype=jnp.int32)
+    here = rank[..., None, :] == within[:, None]
+    blocks = {
+        LEAF: Ranked(
+            jnp.sum(jnp.where(here, leaf[..., None, :], 0), axis=-1, dtype=jnp.int32),
+            jnp.sum(jnp.where(here, within, 0), axis=-1, dtype=jnp.int32) + tree.first(LEAF)[:, None],
+        )
+    }
+    size = LEAF
+    while size < tree.size:
+        blocks[2 * size] = _merge_pairs(tree, blocks[size], begins)
+        size *= 2
+    return blocks
+
+
+def _above(leaf: Int32[Array, "R n 32"]) -> Bool[Array, "R n 32 32"]:
+    """above[…, t, i]: whether key i of a leaf stands above key t."""
+    within = jnp.arange(LEAF, dtype=jnp.int32)
+    one, other = leaf[..., None], leaf[..., None, :]
+    return (other > one) | ((other == one) & (within > within[:, None]))
+
+
+def _merge_pairs(tree: _Tree, lists: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
+    """Neighbouring blocks as one; of the first only what still counts at the end of the second."""
+    half, size = lists.size, 2 * lists.size
+    count = tree.padded // size
+
+    def body(reads, n):
+        order, position, begin = reads
+        block, rank = _split(n, size)
+        first = block * size
+        continues = begin(first + size - 1) < _split(block, count)[1] * size + half
+        earlier = List(lambda at: jnp.where(continues, order(first + at), NOTHING), half)
+        found, leads, one, other = merged(earlier, List(lambda at: order(first + half + at), half), rank)
+        return found, position(first + jnp.where(leads, one, half + other))
+
+    return tree.lists(count, size, gathered(body, (*lists, begins), tree.rows * tree.padded, 2))
+
+
+def _prefixes(tree: _Tree, epochs: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
+    """The top keys of the prefix up to the end of each epoch, of the document that is open there."""
+    count = tree.padded // tree.size
+    lists = Ranked(*(array[..., : tree.capacity] for array in epochs))
+    step = 1
+    while step < count:
+        lists = _merge_distant(tree, lists, begins, step)
+        step *= 2
+    missing = tree.capacity - lists.size
+    if missing:
+        # So few keys that no prefix fills a window.
+        lists = Ranked(*(jnp.pad(a, [(0, 0), (0, 0), (0, missing)], constant_values=NOTHING) for a in lists))
+    return lists
+
+
+def _merge_distant(tree: _Tree, lists: Ranked, begins: Int32[Array, "R P"], step: int) -> Ranked:
+    """Each epoch's list with the one `step` before it, which holds what came still earlier."""
+    held, count = lists.size, tree.padded // tree.size
+    size = min(2 * held, tree.capacity)
+
+    def body(reads, n):
+        order, position, begin = reads
+        block, rank = _split(n, size)
+        _, epoch = _split(block, count)
+        continues = (epoch >= step) & (begin((block + 1) * tree.size - 1) < (epoch - step + 1) * tree.size)
+        first, second = jnp.maximum(block - step, 0) * held, block * held
+        earlier = List(lambda at: jnp.where(continues, order(first + at), NOTHING), held)
+        found, leads, one, other = merged(earlier, List(lambda at: order(second + at), held), rank)
+        return found, position(jnp.where(leads, first + one, second + other))
+
+    return tree.lists(count, size, gathered(body, (*lists, begins), tree.rows * count * size, 2))
+
+
+def _lowest(tree: _Tree, sorted_blocks: dict[int, Ranked], prefixes: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
+    """For every leaf, the LEAF lowest places of the window before it."""
+    size, count = tree.size, tree.padded // tree.size
+
+    def body(reads, n):
+        order, position, windows = reads
+        block, place = _split(n, size)
+        row, epoch = _split(block, count)
+        in_prefix = windows(row) - size + place
+        at = jnp.maximum(block - 1, 0) * tree.capacity + jnp.maximum(in_prefix, 0)
+        held = jnp.where(epoch > 0, order(at), NOTHING)
+        return jnp.where(in_prefix < 0, TAKEN, held), position(at)
+
+    operands = (*prefixes, tree.windows)
+    lowest = tree.lists(count, size, gathered(body, operands, tree.rows * tree.padded, 2))
+    while size > LEAF:
+        lowest = _halve(tree, lowest, sorted_blocks[size // 2], begins)
+        size //= 2
+    return lowest
+
+
+def _halve(tree: _Tree, lowest: Ranked, entering: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
+    """From the lowest places before each block to those before each of its halves."""
+    size, half = lowest.size, entering.size
+    count = tree.padded // half
+
+    def body(reads, n):
+        order, position, entered, entered_position, begin, windows = reads
+        block, rank = _split(n, half)
+        row, number = _split(block, count)
+        early = (block & 1) == 0
+        first, second = (block >> 1) * size, jnp.maximum(block - 1, 0) * half
+        # Whether the window before the block still counts when its second half begins.
+        continues = early | (begin(second + half - 1) < (number - 1) * half)
+        vacant = size - windows(row)
+
+        def held(at):
+            return jnp.where(continues, order(first + at), jnp.where(at < vacant, TAKEN, NOTHING))
+
+        def came(at):
+            return jnp.where(early, NOTHING, entered(second + at))
+
+        found, leads, one, other = merged(List(held, size), List(came, half), half + rank)
+        return found, jnp.where(leads, position(first + one), entered_position(second + other))
+
+    operands = (*lowest, *entering, begins, tree.windows)
+    return tree.lists(count, half, gathered(body, operands, tree.rows * tree.padded, 2))
+
+
+def _leave(tree: _Tree, order: Int32[Array, "R P"], lowest: Ranked, begins: Int32[Array, "R P"]) -> Int32[Array, "R P"]:
+    """When each key leaves the window: its own position if it never enters, P if it never leaves."""
+    leaf, begin, first = tree.blocks(order, LEAF), tree.blocks(begins, LEAF), tree.first(LEAF)[:, None]
+    within = jnp.arange(LEAF, dtype=jnp.int32)
+    carried_on = begin < first
+    # Held keys: the lowest leaves first.
+    beats = (leaf[..., None, :] >= lowest.order[..., None]) & carried_on[..., None, :]
+    leaves = nth_set_bit(bits_of(beats), jnp.broadcast_to(LEAF - within, lowest.order.shape))
+    # Entering keys: above them stand some of the held ones, and others that enter.
+    vacant = jnp.where(within < LEAF - tree.windows, TAKEN, NOTHING)
+    held = jnp.where(carried_on[..., None], lowest.order[..., None, :], vacant[..., None, :])
+    need = LEAF - jnp.sum(held > leaf[..., None], axis=-1, dtype=jnp.int32)
+    beats = _above(leaf) & (begin[..., None, :] == begin[..., None])
+    place = nth_set_bit(bits_of(beats), need)
+    place = jnp.where(need < 1, within, jnp.maximum(place, within))
+    entered = jnp.where(place < LEAF, first + place, tree.padded).reshape(-1)
+    row = (jnp.arange(tree.rows, dtype=jnp.int32) * tree.padded)[:, None, None]
+    real = (leaves < LEAF) & (lowest.order != NOTHING) & (lowest.order != TAKEN)
+    # Every key leaves once, so targets are distinct; those of the others lie past the end.
+    total = tree.rows * tree.padded
+    nowhere = total + jnp.arange(total, dtype=jnp.int32).reshape(leaves.shape)
+    target = jnp.where(real, row + lowest.position, nowhere)
+    entered = entered.at[target.reshape(-1)].set((first + leaves).reshape(-1), mode="drop", unique_indices=True)
+    return entered.reshape(tree.rows, tree.padded)
+
+
+def _lists(
+    tree: _Tree,
+    order: Int32[Array, "R P"],
+    prefixes: Ranked,
+    expiry: Int32[Array, "B K S"],
+    *,
+    length: int,
+    queries: int,
+    front: int,
+    blocks: BlockSizes,
+) -> EpochLists:
+    """`contract.EpochLists`: prefixes are the carried keys in order, and each key's place in one is searched for."""
+    size, window = tree.size, tree.capacity
+    epochs = -(-queries // size)
+    history = tree.padded // size - epochs
+    room = -(-window // blocks.granule) * blocks.granule
+    capacity = -(-(room + size) // blocks.granule) * blocks.granule
+    leaves = size // LEAF
+    ends = jnp.pad(expiry + front, [(0, 0), (0, 0), (front, tree.padded - front - length)]).reshape(tree.rows, -1)
+    # Who enters: a bit a key, and how many enter in an epoch before each leaf.
+    entering = ends > jnp.arange(tree.padded, dtype=jnp.int32)
+    words = bits_of(tree.blocks(entering, LEAF)[:, history * leaves :]).reshape(tree.rows, epochs, leaves)
+    number = jnp.arange(leaves, dtype=jnp.int32)
+    before = jnp.sum(jnp.where(number < number[:, None], set_bits(words)[..., None, :], 0), axis=-1, dtype=jnp.int32)
+
+    def held(reads, n):
+        """Who has a slot: its position, −1 if nobody."""
+        order, position, end, counts, word, windows = reads
+        block, slot = _split(n, capacity)
+        row, epoch = _split(block, epochs)
+        begin = (history + epoch) * size
+        # Carried: the prefix before the epoch, in order, but for who leaves at once.
+        at = (row * (history + epochs) + history + epoch - 1) * window + jnp.minimum(slot, window - 1)
+        at = jnp.maximum(at, 0)
+        there = (slot < windows(row)) & (begin > 0) & (order(at) != NOTHING)
+        carried = jnp.where(there, position(at), 0)
+        carried = jnp.where(there & (end(row * tree.padded + carried) > begin), carried, -1)
+        # Entering: the set bits of the epoch's words.
+        which = slot - room
+        leaf = last_not_above(which, lambda at: counts(block * leaves + at), leaves)
+        bit = nth_set_bit(word(block * leaves + leaf), which + 1 - counts(block * leaves + leaf))
+        enters = jnp.where(bit < LEAF, begin + leaf * LEAF + bit, -1)
+        return (jnp.where(slot < room, carried, enters),)
+
+    def follows(reads, n):
+        """The slot of the same key in the next epoch."""
+        order, position, end, keys, index = reads
+        block, _ = _split(n, capacity)
+        row, epoch = _split(block, epochs)
+        own = index(n)
+        at = row * tree.padded + jnp.maximum(own, 0)
+        lives_on = (own >= 0) & (epoch < epochs - 1) & (end(at) > (history + epoch + 1) * size)
+        first = (row * (history + epochs) + history + epoch) * window
+        place = place_of(keys(at), own, lambda i: order(first + i), lambda i: position(first + i), window)
+        return (jnp.where(lives_on, place, capacity),)
+
+    def enters_at(reads, n):
+        """The slot of a key in its first list."""
+        order, position, end, keys, counts, word = reads
+        row, own = _split(n, tree.padded)
+        leaf, bit = _split(jnp.maximum(own - history * size, 0), LEAF)
+        at = row * (epochs * leaves) + leaf
+        slot = room + counts(at) + set_bits(word(at) & ((jnp.int32(1) << bit) - 1))
+        slot = jnp.where(end(n) > own, slot, capacity)
+        if not history:
+            return (slot,)
+        first = (row * (history + epochs) + history - 1) * window
+        place = place_of(keys(n), own, lambda i: order(first + i), lambda i: position(first + i), window)
+        past = jnp.where(end(n) > history * size, place, capacity)
+        return (jnp.where(own < history * size, past, slot),)
+
+    slots = tree.rows * epochs * capacity
+    (index,) = gathered(held, (*prefixes, ends, before, words, tree.windows), slots, 1)
+    (next_slot,) = gathered(follows, (*prefixes, ends, order, index), slots, 1)
+    (entry,) = gathered(enters_at, (*prefixes, ends, order, before, words), tree.rows * tree.padded, 1)
+    lead = expiry.shape[:2]
+    return EpochLists(
+        index=jnp.where(index < 0, length, index - front).reshape(*lead, epochs, capacity),
+        next_slot=next_slot.reshape(*lead, epochs, capacity),
+        entry_slot=entry.reshape(*lead, tree.padded)[..., front : front + length],
+        epoch_size=size,
+        carried=room,
+    )
+
+
+def _split(n: Int32[Array, " n"], size: int) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
+    """Quotient and rest of numbers that are not negative."""
+    divisor = jnp.int32(size)
+    return jax.lax.div(n, divisor), jax.lax.rem(n, divisor)
