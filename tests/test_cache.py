@@ -7,6 +7,7 @@ import pytest
 
 from dmattn_jax.cache import DenseCache, WindowCache
 from dmattn_jax.oracle import visible_keys_oracle
+from pallas_kernels.order import sortable
 
 B, K, D, N = 2, 3, 5, 29
 WINDOWS = (7, 1, 11)

@@ -9,7 +9,7 @@ from pallas_kernels.contract import BlockSizes, Intervals, Normalizer
 from pallas_kernels.gpu.backward_key import key_gradients
 from pallas_kernels.gpu.backward_query import query_gradient
 from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes
-from pallas_kernels.gpu.epoch_sums import sum_rows, sum_scalars
+from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import attend
 from pallas_kernels.gpu.tiles import LOG2E, gather_rows, key_walks, padded_length, query_runs
 
@@ -61,16 +61,19 @@ def backward(
     runs, walks = query_runs(rows, queries, blocks), key_walks(rows, blocks)
     dquery = query_gradient(query, dout, stats, rows, runs, scale=scale, sizes=blocks)
     both, dbias = key_gradients(query, dout, stats, rows, walks, scale=scale, sizes=blocks)
-    if intervals.lists is not None:
-        both = sum_rows(both, intervals.lists, length=length, queries=queries)
-        dbias = sum_scalars(dbias, intervals.lists, length=length, queries=queries)
-    wide = padded_key.shape[3]
-    dkey, dvalue = both[:, :length, :, :dim], both[:, :length, :, wide : wide + dim]
+    dbias = jnp.moveaxis(dbias, 1, 2)
+    if intervals.lists is None:
+        dkey, dvalue = (part[:, :length] for part in jnp.split(both, 2, axis=3))
+        dbias = dbias[:, :length]
+    else:
+        sizes = {"length": length, "queries": queries}
+        dkey, dvalue = sum_over_epochs(both, intervals, parts=2, dtype=key.dtype, **sizes)
+        dbias = sum_over_epochs(dbias[..., None], intervals, parts=1, dtype=jnp.float32, **sizes)[0][..., 0]
     return (
         dquery[:, :queries, :, :dim],
-        dkey.astype(key.dtype),
-        dvalue.astype(value.dtype),
-        jnp.moveaxis(dbias[..., :length], 1, 2).astype(bias.dtype),
+        dkey[..., :dim].astype(key.dtype),
+        dvalue[..., :dim].astype(value.dtype),
+        dbias.astype(bias.dtype),
     )
 
 

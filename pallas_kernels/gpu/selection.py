@@ -38,6 +38,7 @@ from pallas_kernels.order import sortable
 
 LEAF = 32
 """Keys of a leaf: the bits of a word."""
+INTEGERS = (jnp.int32,)
 
 
 def select(
@@ -68,7 +69,7 @@ def select(
     def pad(array, fill):
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(front, padded - front - length)], constant_values=fill)
 
-    order = pad(jnp.where(hidden, NOTHING, sortable(gate)), NOTHING).reshape(tree.rows, padded)
+    order = _orders(gate, front, padded)
     # Padding is a document of its own for each place, so that nothing passes over it.
     own = jnp.arange(padded, dtype=jnp.int32)
     real = (own >= front) & (own < front + length)
@@ -84,6 +85,22 @@ def select(
     if listed:
         lists = _lists(tree, order, prefixes, expiry, length=length, queries=queries, front=front, blocks=blocks)
     return Intervals(starts, expiry, lists)
+
+
+def _orders(gate: Float[Array, "B K S"], front: int, padded: int) -> Int32[Array, "R P"]:
+    """Gates as integers, row by row; NOTHING for gates of −inf and around the row."""
+    batch, heads, length = gate.shape
+
+    def body(reads, n):
+        row, place = _split(n, padded)
+        item, head = _split(row, heads)
+        at = place - front
+        inside = (at >= 0) & (at < length)
+        value = reads[0]((item * length + jnp.clip(at, 0, length - 1)) * heads + head)
+        return (jnp.where(inside & (value != -jnp.inf), sortable(value), NOTHING),)
+
+    # Read in the order in which layers make gates, heads innermost.
+    return gathered(body, (jnp.moveaxis(gate, 1, 2),), batch * heads * padded, INTEGERS)[0].reshape(-1, padded)
 
 
 class _Tree:
@@ -147,7 +164,7 @@ def _merge_pairs(tree: _Tree, lists: Ranked, begins: Int32[Array, "R P"]) -> Ran
         found, leads, one, other = merged(earlier, List(lambda at: order(first + half + at), half), rank)
         return found, position(first + jnp.where(leads, one, half + other))
 
-    return tree.lists(count, size, gathered(body, (*lists, begins), tree.rows * tree.padded, 2))
+    return tree.lists(count, size, gathered(body, (*lists, begins), tree.rows * tree.padded, INTEGERS * 2))
 
 
 def _prefixes(tree: _Tree, epochs: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
@@ -180,7 +197,7 @@ def _merge_distant(tree: _Tree, lists: Ranked, begins: Int32[Array, "R P"], step
         found, leads, one, other = merged(earlier, List(lambda at: order(second + at), held), rank)
         return found, position(jnp.where(leads, first + one, second + other))
 
-    return tree.lists(count, size, gathered(body, (*lists, begins), tree.rows * count * size, 2))
+    return tree.lists(count, size, gathered(body, (*lists, begins), tree.rows * count * size, INTEGERS * 2))
 
 
 def _lowest(tree: _Tree, sorted_blocks: dict[int, Ranked], prefixes: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
@@ -197,7 +214,7 @@ def _lowest(tree: _Tree, sorted_blocks: dict[int, Ranked], prefixes: Ranked, beg
         return jnp.where(in_prefix < 0, TAKEN, held), position(at)
 
     operands = (*prefixes, tree.windows)
-    lowest = tree.lists(count, size, gathered(body, operands, tree.rows * tree.padded, 2))
+    lowest = tree.lists(count, size, gathered(body, operands, tree.rows * tree.padded, INTEGERS * 2))
     while size > LEAF:
         lowest = _halve(tree, lowest, sorted_blocks[size // 2], begins)
         size //= 2
@@ -229,7 +246,7 @@ def _halve(tree: _Tree, lowest: Ranked, entering: Ranked, begins: Int32[Array, "
         return found, jnp.where(leads, position(first + one), entered_position(second + other))
 
     operands = (*lowest, *entering, begins, tree.windows)
-    return tree.lists(count, half, gathered(body, operands, tree.rows * tree.padded, 2))
+    return tree.lists(count, half, gathered(body, operands, tree.rows * tree.padded, INTEGERS * 2))
 
 
 def _leave(tree: _Tree, order: Int32[Array, "R P"], lowest: Ranked, begins: Int32[Array, "R P"]) -> Int32[Array, "R P"]:
@@ -330,9 +347,9 @@ def _lists(
         return (jnp.where(own < history * size, past, slot),)
 
     slots = tree.rows * epochs * capacity
-    (index,) = gathered(held, (*prefixes, ends, before, words, tree.windows), slots, 1)
-    (next_slot,) = gathered(follows, (*prefixes, ends, order, index), slots, 1)
-    (entry,) = gathered(enters_at, (*prefixes, ends, order, before, words), tree.rows * tree.padded, 1)
+    (index,) = gathered(held, (*prefixes, ends, before, words, tree.windows), slots, INTEGERS)
+    (next_slot,) = gathered(follows, (*prefixes, ends, order, index), slots, INTEGERS)
+    (entry,) = gathered(enters_at, (*prefixes, ends, order, before, words), tree.rows * tree.padded, INTEGERS)
     lead = expiry.shape[:2]
     return EpochLists(
         index=jnp.where(index < 0, length, index - front).reshape(*lead, epochs, capacity),

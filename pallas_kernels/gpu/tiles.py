@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import Intervals
 from pallas_kernels.gpu.config import HopperBlockSizes
+from pallas_kernels.gpu.gathers import gathered
 
 LOG2E = math.log2(math.e)
 
@@ -57,42 +59,55 @@ def gather_rows(
     sizes: HopperBlockSizes,
 ) -> Rows:
     """The rows of every epoch's list, or all keys once in the identity layout."""
-    batch, length, kv_heads, _ = key.shape
+    batch, length, kv_heads, dim = key.shape
     lists = intervals.lists
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     bias = jnp.where(finite, bias * LOG2E, jnp.nan)
     if lists is None:
         missing = -length % sizes.block_k
-        index = jnp.broadcast_to(jnp.arange(length + missing, dtype=jnp.int32), (batch, kv_heads, length + missing))
-        epochs, capacity, carried, epoch_size = 1, length + missing, 0, padded_length(queries, sizes)
+        rest = [(0, 0), (0, missing), (0, 0)]
+        padded = padded_length(queries, sizes)
+        bounds = (jnp.moveaxis(array, 1, 2) - (length - queries) for array in (intervals.start, intervals.end))
+        start, end = (jnp.clip(array, -1, padded + 1) for array in bounds)
+        meta = [jnp.pad(bias, rest), jnp.pad(start, rest, constant_values=padded + 1)]
+        meta = [array.astype(jnp.float32) for array in (*meta, jnp.pad(end, rest, constant_values=-1))]
+        meta = jnp.stack([jnp.moveaxis(array, 1, 2) for array in meta], axis=2)
+        key, value = (jnp.pad(jnp.where(finite[..., None], array, 0), [*rest, (0, 0)]) for array in (key, value))
+        return Rows(key, value, meta, 1, length + missing, 0, padded)
 
-        def rows(array):
-            return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2))
+    epochs, capacity = lists.index.shape[2:]
+    count, size = epochs * capacity, lists.epoch_size
 
-    else:
-        epochs, capacity = lists.index.shape[2:]
-        carried, epoch_size = lists.carried, lists.epoch_size
-        index = lists.index.reshape(batch, kv_heads, epochs * capacity)
-        by_row = jnp.moveaxis(index, 1, 2)
-        item = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(kv_heads, dtype=jnp.int32)
+    def place(reads, n):
+        """Of each slot: its bias, interval and row, as read from the arrays of keys."""
+        index, biases, starts, ends = reads
+        line, slot = lax.div(n, jnp.int32(count)), lax.rem(n, jnp.int32(count))
+        item, head = lax.div(line, jnp.int32(kv_heads)), lax.rem(line, jnp.int32(kv_heads))
+        first = length - queries + lax.div(slot, jnp.int32(capacity)) * size
+        own = index(n)
+        filled, own = own < length, jnp.minimum(own, length - 1)
+        row = (item * length + own) * kv_heads + head
+        at = line * length + own
+        bias = jnp.where(filled, biases(row), 0.0)
+        start = jnp.where(filled, jnp.clip(starts(at) - first, -1, size + 1), size + 1)
+        end = jnp.where(filled, jnp.clip(ends(at) - first, -1, size + 1), -1)
+        # A row of NaN bias is not read: whoever sees it gets its NaN from the bias.
+        return bias, start.astype(jnp.float32), end.astype(jnp.float32), jnp.where(filled & (bias == bias), row, -1)
 
-        def rows(array):
-            return array.at[item, by_row, head].get(mode="fill", fill_value=0)
+    *meta, row = gathered(
+        place,
+        (lists.index, bias, intervals.start, intervals.end),
+        batch * kv_heads * count,
+        (jnp.float32, jnp.float32, jnp.float32, jnp.int32),
+    )
+    meta = jnp.stack([part.reshape(batch, kv_heads, count) for part in meta], axis=2)
+    row = jnp.moveaxis(row.reshape(batch, kv_heads, count), 1, 2)[..., None]
 
-    filled = index < length
-    slot = jnp.minimum(index, length - 1)
-    first = jnp.repeat(length - queries + jnp.arange(epochs, dtype=jnp.int32) * epoch_size, capacity)
+    def gather(array):
+        there = array.reshape(-1, dim).at[jnp.maximum(row[..., 0], 0)].get(mode="promise_in_bounds")
+        return jnp.where(row < 0, 0, there)
 
-    def relative(array, empty):
-        there = jnp.take_along_axis(array, slot, axis=-1) - first
-        return jnp.where(filled, jnp.clip(there, -1, epoch_size + 1), empty).astype(jnp.float32)
-
-    bias = jnp.where(filled, jnp.moveaxis(rows(bias), 1, 2), 0)
-    meta = jnp.stack([bias, relative(intervals.start, epoch_size + 1), relative(intervals.end, -1)], axis=2)
-    whole = rows(finite)
-    key, value = (jnp.where(whole[..., None], rows(array), 0) for array in (key, value))
-    return Rows(key, value, meta, epochs, capacity, carried, epoch_size)
+    return Rows(gather(key), gather(value), meta, epochs, capacity, lists.carried, size)
 
 
 def query_runs(rows: Rows, queries: int, sizes: HopperBlockSizes) -> Int32[Array, "B K 4 tiles"]:
