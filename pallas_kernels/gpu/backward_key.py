@@ -78,7 +78,7 @@ def key_gradients(
                 plgpu.barrier_wait(q_full.at[slot])
 
                 def multiply(acc):
-                    plgpu.wgmma(acc, k_tile, plgpu.transpose_ref(q_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(acc, k_tile, q_smem.at[slot].transpose((1, 0)))
                     return acc[...]
 
                 scores = pl.run_scoped(multiply, plgpu.ACC((half, block_q), jnp.float32))
@@ -105,7 +105,7 @@ def key_gradients(
                 def both(refs):
                     value_acc, weight_acc = refs
                     plgpu.wgmma(value_acc, low, do_smem.at[slot])
-                    plgpu.wgmma(weight_acc, v_tile, plgpu.transpose_ref(do_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(weight_acc, v_tile, do_smem.at[slot].transpose((1, 0)))
 
                 dvalue, dweights = pl.run_state(both)((plgpu.ACC.init(dvalue), plgpu.ACC.init(zeros(*shape))))
                 plgpu.barrier_arrive(do_free.at[slot])

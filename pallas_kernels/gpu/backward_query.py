@@ -68,7 +68,7 @@ def query_gradient(
 
                 def multiply(left, right):
                     def run(acc):
-                        plgpu.wgmma(acc, left, plgpu.transpose_ref(right, (1, 0)))
+                        plgpu.wgmma(acc, left, right.transpose((1, 0)))
                         return acc[...]
 
                     return pl.run_scoped(run, plgpu.ACC((half, block_k), jnp.float32))

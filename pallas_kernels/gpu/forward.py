@@ -81,7 +81,7 @@ def attend(
                 slot = lax.rem(number, jnp.int32(stages))
 
                 def scores_of(acc):
-                    plgpu.wgmma(acc, q_tile, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(acc, q_tile, k_smem.at[slot].transpose((1, 0)))
                     take_turn()
                     return acc[...]
 

@@ -1,0 +1,161 @@
+"""What of the Hopper implementation runs or lowers without a GPU: selection, slot tables, sums, and all kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import GATES, make_gate, make_segments
+
+from dmattn_jax import dynamic_mask_attention
+from dmattn_jax.documents import document_bounds
+from dmattn_jax.layout import lay_out
+from dmattn_jax.selection import choose_keys
+from pallas_kernels import BlockSizes
+from pallas_kernels.gpu import MOSAIC_GPU
+from pallas_kernels.gpu.config import HopperBlockSizes, block_sizes
+from pallas_kernels.gpu.epoch_sums import sum_over_epochs
+from pallas_kernels.gpu.ranked import nth_set_bit, set_bits
+from pallas_kernels.gpu.tiles import gather_rows
+
+BATCH, HEADS = 2, 3
+
+
+def blocks_of(epoch: int) -> BlockSizes:
+    return BlockSizes(epoch=epoch, block_q=epoch, block_k=16, granule=16)
+
+
+def both_ways(windows, queries, epoch):
+    """Compiled: (gate, segment_ids) -> intervals by the portable functions, and by the merge tree."""
+
+    @jax.jit
+    def run(gate, ids):
+        documents = document_bounds(ids, gate.shape[0], gate.shape[2])
+        choice = choose_keys(gate, windows, documents, causal=True)
+        want = lay_out(choice, queries=queries, window=max(windows), blocks=blocks_of(epoch))
+        gate = jnp.where(documents.token[:, None], gate, -jnp.inf)
+        bounds = (documents.start, documents.end)
+        return want, MOSAIC_GPU.select(gate, windows, *bounds, queries=queries, blocks=blocks_of(epoch))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("length", "windows", "queries", "epoch"),
+    [
+        (397, (67, 5, 33), 397, 64),
+        (397, (67, 5, 33), 211, 64),
+        pytest.param(1021, (129, 1, 64), 1021, 128, marks=pytest.mark.slow),
+        pytest.param(517, (300, 1, 517), 517, 64, marks=pytest.mark.slow),
+        (130, (64, 7, 1), 130, 64),
+        pytest.param(700, (37, 700, 1), 333, 32, marks=pytest.mark.slow),
+    ],
+)
+def test_selection_is_the_portable_one(length, windows, queries, epoch):
+    """Lifetimes and lists, integer by integer: ties, holes, infinities, documents, padding, a window per head."""
+    run = both_ways(windows, queries, epoch)
+    for number, gate in enumerate((*GATES, "extreme")):
+        for segments in ("none", "packed", "inside", "left", "returning"):
+            rng = np.random.default_rng(number)
+            values = make_gate("random" if gate == "extreme" else gate, rng, BATCH, length, HEADS)
+            if gate == "extreme":
+                special = rng.choice([np.inf, -np.inf, np.nan, 0.0, -0.0, 3e38], values.shape)
+                values = np.where(rng.random(values.shape) < 0.3, special, values).astype(np.float32)
+            ids = make_segments(segments, rng, BATCH, length)
+            ids = np.ones((BATCH, length), np.int32) if ids is None else ids
+            want, got = run(jnp.asarray(np.moveaxis(values, 2, 1)), jnp.asarray(ids))
+            assert jax.tree.structure(want) == jax.tree.structure(got)
+            for name, left, right in zip(
+                ("start", "end", "index", "next_slot", "entry_slot"),
+                jax.tree.leaves(want),
+                jax.tree.leaves(got),
+                strict=False,
+            ):
+                np.testing.assert_array_equal(left, right, err_msg=f"{name}, {gate} gate, {segments} documents")
+
+
+def test_selection_refuses_epochs_that_do_not_halve():
+    gate = jnp.zeros((1, 1, 400))
+    bounds = (jnp.zeros((1, 400), jnp.int32), jnp.full((1, 400), 400, jnp.int32))
+    with pytest.raises(ValueError, match="power of two"):
+        MOSAIC_GPU.select(gate, (8,), *bounds, queries=400, blocks=blocks_of(96))
+
+
+def test_bits():
+    rng = np.random.default_rng(0)
+    words = rng.integers(-(2**31), 2**31, 257).astype(np.int32)
+    words[:3] = 0, -1, np.iinfo(np.int32).min
+    for which in (0, 1, 2, 13, 31, 32, 33):
+        places = np.asarray(nth_set_bit(jnp.asarray(words), jnp.full(words.shape, which, jnp.int32)))
+        for word, place in zip(words.tolist(), places.tolist(), strict=True):
+            bits = [bit for bit in range(32) if word >> bit & 1]
+            assert place == (0 if which < 1 else bits[which - 1] if which <= len(bits) else 32)
+    np.testing.assert_array_equal(set_bits(jnp.asarray(words)), [(word % 2**32).bit_count() for word in words.tolist()])
+
+
+@pytest.mark.parametrize("queries", [397, 211])
+def test_rows_and_their_sums(queries):
+    """Gathering rows and summing their gradients are each other's transposes, against loops over the lists."""
+    length, dim, epoch, windows = 397, 13, 128, (67, 5, 33)
+    rng = np.random.default_rng(queries)
+    sizes = HopperBlockSizes(epoch=epoch, block_q=128, block_k=128, granule=128)
+    gate = make_gate("random", rng, BATCH, length, HEADS)
+    bounds = (jnp.zeros((BATCH, length), jnp.int32), jnp.full((BATCH, length), length, jnp.int32))
+    intervals = MOSAIC_GPU.select(jnp.asarray(np.moveaxis(gate, 2, 1)), windows, *bounds, queries=queries, blocks=sizes)
+    key, value = (rng.standard_normal((BATCH, length, HEADS, dim)).astype(np.float32) for _ in range(2))
+    key[1, 7, 2, 3] = np.inf
+    rows = gather_rows(*map(jnp.asarray, (key, value, gate)), intervals, queries=queries, sizes=sizes)
+    index = np.asarray(intervals.lists.index)
+    epochs, capacity = index.shape[2:]
+    cotangent = rng.standard_normal((BATCH, epochs * capacity, HEADS, 2 * dim)).astype(np.float32)
+    want = np.zeros((BATCH, length + 1, HEADS, 2 * dim))
+    for b, k, e, c in np.ndindex(*index.shape):
+        own, row = index[b, k, e, c], e * capacity + c
+        want[b, own, k] += cotangent[b, row, k]
+        bad = own < length and not np.isfinite(key[b, own, k]).all()
+        expected = np.zeros(dim) if own == length or bad else key[b, own, k]
+        np.testing.assert_array_equal(rows.key[b, row, k], expected)
+        first = length - queries + e * epoch
+        start, end = np.asarray(rows.meta[b, k, 1:, row])
+        if own == length:
+            assert start > end
+        else:
+            assert start == max(own - first, -1)
+            assert end == min(np.asarray(intervals.end)[b, k, own] - first, epoch + 1)
+    sums = sum_over_epochs(
+        jnp.asarray(cotangent), intervals, length=length, queries=queries, parts=2, dtype=jnp.float32
+    )
+    np.testing.assert_allclose(np.concatenate(sums, axis=3), want[:, :length], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "window", "dim", "dtype"),
+    [
+        (1031, 1031, 100, 128, jnp.bfloat16),
+        (300, 1031, 100, 72, jnp.float16),
+        (257, 257, 257, 64, jnp.bfloat16),
+    ],
+)
+def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, dtype):
+    """Forward and backward, with lists and without, become CUDA programs on a machine that has no GPU."""
+    # A frozen record: how it would look on a machine with a Hopper GPU.
+    monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
+
+    def both(query, key, value, gate, cotangent):
+        attend = lambda *args: dynamic_mask_attention(*args, window=window, implementation="mosaic_gpu")  # noqa: E731
+        out, pull = jax.vjp(attend, query, key, value, gate)
+        return out, pull(cotangent)
+
+    query = jax.ShapeDtypeStruct((1, queries, 6, dim), dtype)
+    key = jax.ShapeDtypeStruct((1, keys, 3, dim), dtype)
+    gate = jax.ShapeDtypeStruct((1, keys, 3), jnp.float32)
+    program = jax.jit(both).trace(query, key, key, gate, query).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = program.count("stablehlo.custom_call @mosaic_gpu")
+    # Three of attention; with lists also their merges, tables and sums.
+    assert kernels >= (3 if window >= keys else 20), f"{kernels} kernels"
+
+
+def test_epochs_are_powers_of_two():
+    for window in (1, 100, 512, 513, 1000, 1024, 3000, 70_000):
+        epoch = block_sizes(100_000, 100_000, window, 128).epoch
+        assert epoch & (epoch - 1) == 0
+        assert min(window, 4096) <= epoch <= max(512, 2 * window)
