@@ -43,6 +43,11 @@ def block_sizes(queries: int, keys: int, window: int, head_dim: int) -> HopperBl
     return HopperBlockSizes(epoch=epoch, block_q=128, block_k=128, granule=128)
 
 
+def multiprocessors() -> int:
+    """How many the GPU has; as many as an H100 where there is none, so that kernels can be lowered anywhere."""
+    return getattr(jax.devices()[0], "core_count", 132)
+
+
 def unavailable() -> str | None:
     """None on a Hopper GPU; else what is missing."""
     if jax.default_backend() != "gpu":

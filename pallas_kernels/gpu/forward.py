@@ -1,9 +1,12 @@
 """Forward pass on Hopper: a producer warpgroup streams key tiles by TMA, two consumer warpgroups attend.
 
-A program takes one query head and `block_q` queries. What it visits are runs of key tiles (`tiles.query_runs`):
+A piece of work is one query head and `block_q` queries. What it visits are runs of key tiles (`tiles.query_runs`):
 those that every one of its queries sees whole, then those that need the interval compare. The two consumers take
 half of the queries each and alternate on the matrix unit: while one multiplies, the other does its softmax (the
 schedule of FlashAttention-3, arXiv 2407.08608).
+
+With a window a piece is only some ten key tiles long, so there is one program a multiprocessor, which takes pieces in
+turn: the producer loads the next one's queries and keys while the last one's outputs are still being written.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.config import HopperBlockSizes
+from pallas_kernels.gpu.config import HopperBlockSizes, multiprocessors
 from pallas_kernels.gpu.pipeline import HALF_TILE, load_vector, produce
 from pallas_kernels.gpu.tiles import LOG2E, Rows
 
@@ -37,28 +40,40 @@ def attend(
     block_q, block_k, stages = sizes.block_q, sizes.block_k, sizes.stages
     half = block_q // 2
     dtype = query.dtype
-    tiles_per_epoch = rows.epoch_size // block_q
+    tiles, tiles_per_epoch = queries // block_q, rows.epoch_size // block_q
+    pieces = batch * tiles * heads
+    programs = min(pieces, multiprocessors())
     factor = scale * LOG2E
+
+    def piece_of(number):
+        """(item of the batch, head, tile): heads that share keys together, the short first tiles last."""
+        number, head = lax.div(number, jnp.int32(heads)), lax.rem(number, jnp.int32(heads))
+        return lax.rem(number, jnp.int32(batch)), head, tiles - 1 - lax.div(number, jnp.int32(batch))
 
     def body(q_ref, k_ref, v_ref, meta_ref, runs_ref, out_ref, shift_ref, total_ref, *, scratch):
         (q_smem, k_smem, v_smem, meta_smem, stat_smem), barriers = scratch
-        k_full, v_full, meta_full, q_full, k_free, v_free, meta_free, turn = barriers
-        head, tile, item = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("batch")
-        thread = lax.axis_index("thread")
-        kv_head = lax.div(head, jnp.int32(group))
-        base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
-        whole, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(4))
+        k_full, v_full, meta_full, q_full, k_free, v_free, meta_free, q_free, turn = barriers
+        program, thread = lax.axis_index("program"), lax.axis_index("thread")
 
-        def slots_of(step):
-            return pl.ds(base + jnp.where(step < carried, step, step + skipped) * block_k, block_k)
+        def for_each_piece(visit):
+            """visit(number among this program's pieces, key tiles of the earlier ones, piece) -> its key tiles."""
 
-        @pl.when(thread < 2)
-        def _consume():
-            plgpu.set_max_registers(232, action="increase")
-            q_tile = q_smem.at[thread]
+            def run(number, done):
+                item, head, tile = piece_of(program + number * programs)
+                return done + visit(number, done, item, head, tile)
+
+            lax.fori_loop(0, lax.div(pieces - program + programs - 1, jnp.int32(programs)), run, jnp.int32(0))
+
+        def runs_of(item, head, tile):
+            kv_head = lax.div(head, jnp.int32(group))
+            return [kv_head, *(runs_ref[item, kv_head, n, tile] for n in range(4))]
+
+        def consume(piece, done, item, head, tile):
+            _, whole, _, _, count = runs_of(item, head, tile)
+            buffer = 2 * lax.rem(piece, jnp.int32(2)) + thread
+            q_tile = q_smem.at[buffer]
             first = tile * block_q + thread * half
-            plgpu.copy_gmem_to_smem(q_ref.at[item, pl.ds(first, half), head], q_tile, q_full.at[thread])
-            plgpu.barrier_wait(q_full.at[thread])
+            plgpu.barrier_wait(q_full.at[buffer])
             by_row = plgpu.Layout.WGMMA.reduce(1)
             by_column = plgpu.Layout.WGMMA.reduce(0)
             shift = plgpu.layout_cast(jnp.full((half,), NOTHING, jnp.float32), by_row)
@@ -70,15 +85,18 @@ def attend(
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
+            def slot_of(number):
+                return lax.rem(done + number, jnp.int32(stages))
+
             @pl.when(count > 0)
             def _():
-                plgpu.barrier_wait(k_full.at[0])
+                plgpu.barrier_wait(k_full.at[slot_of(0)])
 
             pl.when(thread == 1)(take_turn)
 
             def step(number, carry, masked):
                 weighted, shift, total = carry
-                slot = lax.rem(number, jnp.int32(stages))
+                slot = slot_of(number)
 
                 def scores_of(acc):
                     plgpu.wgmma(acc, q_tile, k_smem.at[slot].transpose((1, 0)))
@@ -117,7 +135,7 @@ def attend(
 
                     @pl.when(following < count)
                     def _():
-                        plgpu.barrier_wait(k_full.at[lax.rem(following, jnp.int32(stages))])
+                        plgpu.barrier_wait(k_full.at[slot_of(following)])
 
                 weighted = pl.run_state(add_values)(plgpu.ACC.init(weighted))
                 plgpu.barrier_arrive(v_free.at[slot])
@@ -137,27 +155,51 @@ def attend(
             plgpu.copy_smem_to_gmem(q_tile, out_ref.at[item, pl.ds(first, half), head])
             plgpu.copy_smem_to_gmem(stat_smem.at[thread, 0], shift_ref.at[item, head, pl.ds(first, half)])
             plgpu.copy_smem_to_gmem(stat_smem.at[thread, 1], total_ref.at[item, head, pl.ds(first, half)])
-            plgpu.wait_smem_to_gmem(0)
+            # Before the outputs' memory takes other queries it need only have been read.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free.at[buffer])
+            return count
 
-        @pl.when(thread == 2)
-        def _produce():
-            plgpu.set_max_registers(40, action="decrease")
+        def load(piece, done, item, head, tile):
+            kv_head, _, carried, skipped, count = runs_of(item, head, tile)
+            base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
+            for part in range(2):
+                buffer = 2 * lax.rem(piece, jnp.int32(2)) + part
 
-            def copies(number):
-                at = slots_of(number)
+                @pl.when(piece >= 2)
+                def _(buffer=buffer):
+                    plgpu.barrier_wait(q_free.at[buffer])
+
+                own = q_ref.at[item, pl.ds(tile * block_q + part * half, half), head]
+                plgpu.copy_gmem_to_smem(own, q_smem.at[buffer], q_full.at[buffer])
+
+            def copies(step):
+                at = pl.ds(base + jnp.where(step < carried, step, step + skipped) * block_k, block_k)
                 return (
                     (k_ref.at[item, at, kv_head], k_smem, k_full, k_free),
                     (meta_ref.at[item, kv_head, :, at], meta_smem, meta_full, meta_free),
                     (v_ref.at[item, at, kv_head], v_smem, v_full, v_free),
                 )
 
-            produce(count, stages, copies)
+            produce(count, stages, copies, done)
+            return count
+
+        @pl.when(thread < 2)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            for_each_piece(consume)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(thread == 2)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            for_each_piece(load)
 
     def entry(*refs):
         pl.run_scoped(
             lambda *scratch: body(*refs, scratch=scratch),
             (
-                plgpu.SMEM((2, half, dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((4, half, dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((stages, block_k, dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((stages, block_k, dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((stages, 3, block_k), jnp.float32),
@@ -167,10 +209,11 @@ def attend(
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_barriers=2),
+                plgpu.Barrier(num_barriers=4),
                 plgpu.Barrier(num_arrivals=2, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=2, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+                plgpu.Barrier(num_barriers=4),
                 plgpu.Barrier(num_arrivals=2),
             ),
             collective_axes="thread",
@@ -180,8 +223,8 @@ def attend(
     return plgpu.kernel(
         entry,
         out_type=[jax.ShapeDtypeStruct(query.shape, dtype), stat, stat],
-        grid=(heads, queries // block_q, batch),
-        grid_names=("head", "tile", "batch"),
+        grid=(programs,),
+        grid_names=("program",),
         num_threads=3,
         thread_name="thread",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -23,19 +23,21 @@ def load_vector(ref: Any, layout: Any) -> Any:
     return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
-def produce(count: Any, stages: int, copies: Callable[[Any], Sequence[tuple[Any, Any, Any, Any]]]) -> None:
+def produce(
+    count: Any, stages: int, copies: Callable[[Any], Sequence[tuple[Any, Any, Any, Any]]], done: Any = 0
+) -> None:
     """Stream `count` steps through `stages` slots; a slot is written again once its consumers have freed it.
 
     copies(step): (source in global memory, shared memory [stages, …], its barriers of arrival, its barriers of
-    release) of everything that a step brings.
+    release) of everything that a step brings. done: steps that went through the same slots before.
     """
 
     @pl.loop(0, count)
     def _(number):
-        slot = lax.rem(number, jnp.int32(stages))
+        slot = lax.rem(done + number, jnp.int32(stages))
         for source, target, ready, free in copies(number):
 
-            @pl.when(number >= stages)
+            @pl.when(done + number >= stages)
             def _(free=free):
                 plgpu.barrier_wait(free.at[slot])
 
