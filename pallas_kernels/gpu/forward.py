@@ -89,7 +89,7 @@ def attend(
                 return lax.rem(done + number, jnp.int32(stages))
 
             @pl.when(count > 0)
-            def _():
+            def _first_keys():
                 plgpu.barrier_wait(k_full.at[slot_of(0)])
 
             pl.when(thread == 1)(take_turn)
@@ -134,7 +134,7 @@ def attend(
                     following = number + 1
 
                     @pl.when(following < count)
-                    def _():
+                    def _next_keys():
                         plgpu.barrier_wait(k_full.at[slot_of(following)])
 
                 weighted = pl.run_state(add_values)(plgpu.ACC.init(weighted))
@@ -167,7 +167,7 @@ def attend(
                 buffer = 2 * lax.rem(piece, jnp.int32(2)) + part
 
                 @pl.when(piece >= 2)
-                def _(buffer=buffer):
+                def _until_free(buffer=buffer):
                     plgpu.barrier_wait(q_free.at[buffer])
 
                 own = q_ref.at[item, pl.ds(tile * block_q + part * half, half), head]
@@ -185,13 +185,13 @@ def attend(
             return count
 
         @pl.when(thread < 2)
-        def _():
+        def _consumers():
             plgpu.set_max_registers(232, action="increase")
             for_each_piece(consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == 2)
-        def _():
+        def _producer():
             plgpu.set_max_registers(40, action="decrease")
             for_each_piece(load)
 

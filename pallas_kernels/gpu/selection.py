@@ -16,6 +16,8 @@ Each step writes as many numbers as there are keys, so the work is N log N and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -118,9 +120,10 @@ class _Tree:
         """Where blocks begin."""
         return jnp.arange(self.padded // size, dtype=jnp.int32) * size
 
-    def lists(self, count: int, size: int, parts: tuple[Int32[Array, " n"], Int32[Array, " n"]]) -> Ranked:
-        """Flat results as `count` lists a row."""
-        return Ranked(*(part.reshape(self.rows, count, size) for part in parts))
+    def lists(self, count: int, size: int, parts: Sequence[Int32[Array, " n"]]) -> Ranked:
+        """Orders and positions, flat, as `count` lists a row."""
+        order, position = (part.reshape(self.rows, count, size) for part in parts)
+        return Ranked(order, position)
 
 
 def _sort_blocks(tree: _Tree, order: Int32[Array, "R P"], begins: Int32[Array, "R P"]) -> dict[int, Ranked]:

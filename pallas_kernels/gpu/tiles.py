@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.contract import Intervals
+from pallas_kernels.contract import EpochLists, Intervals
 from pallas_kernels.gpu.config import HopperBlockSizes
 from pallas_kernels.gpu.gathers import gathered
 
@@ -59,22 +59,32 @@ def gather_rows(
     sizes: HopperBlockSizes,
 ) -> Rows:
     """The rows of every epoch's list, or all keys once in the identity layout."""
-    batch, length, kv_heads, dim = key.shape
-    lists = intervals.lists
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     bias = jnp.where(finite, bias * LOG2E, jnp.nan)
-    if lists is None:
-        missing = -length % sizes.block_k
-        rest = [(0, 0), (0, missing), (0, 0)]
-        padded = padded_length(queries, sizes)
-        bounds = (jnp.moveaxis(array, 1, 2) - (length - queries) for array in (intervals.start, intervals.end))
-        start, end = (jnp.clip(array, -1, padded + 1) for array in bounds)
-        meta = [jnp.pad(bias, rest), jnp.pad(start, rest, constant_values=padded + 1)]
-        meta = [array.astype(jnp.float32) for array in (*meta, jnp.pad(end, rest, constant_values=-1))]
-        meta = jnp.stack([jnp.moveaxis(array, 1, 2) for array in meta], axis=2)
-        key, value = (jnp.pad(jnp.where(finite[..., None], array, 0), [*rest, (0, 0)]) for array in (key, value))
-        return Rows(key, value, meta, 1, length + missing, 0, padded)
+    if intervals.lists is None:
+        key, value = (jnp.where(finite[..., None], array, 0) for array in (key, value))
+        return _all_rows(key, value, bias, intervals, queries=queries, sizes=sizes)
+    return _listed_rows(key, value, bias, intervals, intervals.lists, queries=queries)
 
+
+def _all_rows(key, value, bias, intervals: Intervals, *, queries: int, sizes: HopperBlockSizes) -> Rows:
+    """The identity layout: keys and values as they are, but for whole tiles."""
+    length = key.shape[1]
+    epoch_size = padded_length(queries, sizes)
+    bounds = (jnp.moveaxis(array, 1, 2) - (length - queries) for array in (intervals.start, intervals.end))
+    start, end = (jnp.clip(array, -1, epoch_size + 1) for array in bounds)
+
+    def whole(array, fill: int):
+        missing = [(0, 0), (0, -length % sizes.block_k)] + [(0, 0)] * (array.ndim - 2)
+        return jnp.pad(array, missing, constant_values=fill)
+
+    columns = (whole(bias, 0), whole(start, epoch_size + 1), whole(end, -1))
+    meta = jnp.stack([jnp.moveaxis(column.astype(jnp.float32), 1, 2) for column in columns], axis=2)
+    return Rows(whole(key, 0), whole(value, 0), meta, 1, meta.shape[3], 0, epoch_size)
+
+
+def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, queries: int) -> Rows:
+    batch, length, kv_heads, dim = key.shape
     epochs, capacity = lists.index.shape[2:]
     count, size = epochs * capacity, lists.epoch_size
 
@@ -94,19 +104,22 @@ def gather_rows(
         # A row of NaN bias is not read: whoever sees it gets its NaN from the bias.
         return bias, start.astype(jnp.float32), end.astype(jnp.float32), jnp.where(filled & (bias == bias), row, -1)
 
-    *meta, row = gathered(
-        place,
-        (lists.index, bias, intervals.start, intervals.end),
-        batch * kv_heads * count,
-        (jnp.float32, jnp.float32, jnp.float32, jnp.int32),
+    *columns, row = (
+        part.reshape(batch, kv_heads, count)
+        for part in gathered(
+            place,
+            (lists.index, bias, intervals.start, intervals.end),
+            batch * kv_heads * count,
+            (jnp.float32, jnp.float32, jnp.float32, jnp.int32),
+        )
     )
-    meta = jnp.stack([part.reshape(batch, kv_heads, count) for part in meta], axis=2)
-    row = jnp.moveaxis(row.reshape(batch, kv_heads, count), 1, 2)[..., None]
+    row = jnp.moveaxis(row, 1, 2)
 
     def gather(array):
-        there = array.reshape(-1, dim).at[jnp.maximum(row[..., 0], 0)].get(mode="promise_in_bounds")
-        return jnp.where(row < 0, 0, there)
+        there = array.reshape(-1, dim).at[jnp.maximum(row, 0)].get(mode="promise_in_bounds")
+        return jnp.where(row[..., None] < 0, 0, there)
 
+    meta = jnp.stack(columns, axis=2)
     return Rows(gather(key), gather(value), meta, epochs, capacity, lists.carried, size)
 
 
