@@ -13,7 +13,7 @@ from flax import nnx
 from dmattn_jax.models.config import DogeConfig
 from dmattn_jax.models.doge import DogeForCausalLM
 
-_NEVER_DECAYS = re.compile(r"(^|\.)gate\.(A|delta)$")
+_NEVER_DECAYS = re.compile(r"(^|\.)(gate\.(A|delta)|\w*_bias)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _join(path: tuple[Any, ...]) -> str:
 
 def decays(name: str, dimensions: int) -> bool:
     """Matrices decay, embeddings among them. Vectors do not: norms, biases, residual scales, the gate's A. Neither
-    does the gate's Δ, though a matrix: pulling it to 0 pulls every key's importance to a tie."""
+    does the gate's Δ, though a matrix: pulling it to 0 pulls every key's importance to a tie; nor a bias per head."""
     return dimensions >= 2 and _NEVER_DECAYS.search(name) is None
 
 
