@@ -240,6 +240,12 @@ def _export(args: Sequence[str]) -> int:
     return _parse(export, "dmattn export", args)
 
 
+def _mqar(args: Sequence[str]) -> int:
+    from train.experiments.commands import mqar
+
+    return mqar(args)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": ("train a preset, or continue an interrupted run", _train),
     "generate": ("continue a text with a trained model", lambda a: _parse(inference.generate, "dmattn generate", a)),
@@ -249,6 +255,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "export": ("write a trained model as a Hugging Face folder", _export),
     "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),
     "tokenizer": ("train a tokenizer", _tokenizer),
+    "mqar": ("associative recall: one model, or a sweep of variants", _mqar),
     "explain": ("which attention implementation runs here, and why", lambda a: _parse(explain, "dmattn explain", a)),
 }
 

@@ -1,0 +1,92 @@
+"""The experiments on the command line. What computes is imported when it runs, after the arguments are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from configs.mqar import SWEEPS
+from train.errors import ConfigError
+from train.experiments.mqar_config import MQARConfig, MQARSweep, resolve
+
+MQAR_HELP = """Multi-query associative recall: train one small model on it, or a sweep of models.
+
+The same command again continues what was interrupted and skips what is done.
+
+Examples:
+  dmattn mqar --attention dma --length 2048 --dim 128
+  dmattn mqar sweep paper
+  dmattn mqar sweep paper --lengths 2048 --dims 64 128 --variants mha dma --seeds 0 1 --cell.minutes 5
+  dmattn mqar report runs/mqar"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """Where results go, and how long this session may take."""
+
+    output: Path = Path("runs/mqar")
+    """The folder of the cells: each has its own below it."""
+    max_minutes: float | None = None
+    """Stop after so many minutes with a checkpoint, for the same command to continue."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CellArguments:
+    cell: tyro.conf.OmitArgPrefixes[MQARConfig]
+    session: tyro.conf.OmitArgPrefixes[Session]
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepArguments(MQARSweep):
+    # Inherited, because a prefix that is left out is left out of the cell's fields too.
+    output: Path = Session.output
+    """The folder of the cells: each has its own below it."""
+    max_minutes: float | None = None
+    """Stop after so many minutes with a checkpoint, for the same command to continue."""
+
+
+def mqar(args: Sequence[str]) -> int:
+    """`dmattn mqar`: one cell, `sweep` or `report`."""
+    command, rest = (args[0], args[1:]) if args else ("", args)
+    if command == "sweep":
+        return _mqar_sweep(rest)
+    if command == "report":
+        return tyro.cli(_mqar_report, prog="dmattn mqar report", args=rest)
+    given = tyro.cli(CellArguments, prog="dmattn mqar", description=MQAR_HELP, args=args)
+    config = resolve(given.cell)
+    from train.experiments.mqar_cell import Deadline, train_cell
+
+    return train_cell(config, given.session.output, Deadline(given.session.max_minutes)).exit_code
+
+
+def _mqar_sweep(args: Sequence[str]) -> int:
+    if not args or args[0] not in SWEEPS:
+        usage = f"usage: dmattn mqar sweep {{{','.join(SWEEPS)}}} [--field value ...]"
+        if not args or args[0] in ("-h", "--help"):
+            print(f"{usage}\n\n{MQAR_HELP}")
+            return 0
+        raise ConfigError(f"unknown sweep {args[0]!r}: name one of {', '.join(SWEEPS)}")
+
+    given = tyro.cli(
+        SweepArguments,
+        default=SweepArguments(**vars(SWEEPS[args[0]])),
+        prog=f"dmattn mqar sweep {args[0]}",
+        description=MQAR_HELP,
+        args=args[1:],
+    )
+    from train.experiments.mqar_sweep import run_sweep
+
+    return run_sweep(given, given.output, given.max_minutes)
+
+
+def _mqar_report(output: Annotated[Path, tyro.conf.Positional] = Path("runs/mqar")) -> int:
+    """Draw the table and the figure of a folder of cells again."""
+    from train.experiments.mqar_sweep import report
+
+    report(output)
+    print((output / "table.md").read_text(encoding="utf-8"))
+    return 0
