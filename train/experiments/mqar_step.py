@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dmattn_jax.selection import select_keys
 from train.config import OptimizerConfig
@@ -59,10 +59,6 @@ def make_programs(config: MQARConfig) -> Programs:
     def objective(params: Params, examples: Examples) -> Array:
         return _answers(skeleton.merge(params), examples)[0].mean()
 
-    def order(epoch: jax.Array) -> Int[Array, " N"]:
-        key = jax.random.fold_in(shuffle, epoch)
-        return jax.random.permutation(key, config.train_examples)[: per_epoch * batch]
-
     def one_step(state: TrainState, index: jax.Array) -> tuple[TrainState, dict[str, Array]]:
         loss, gradients = jax.value_and_grad(objective)(state.params, make_examples(config, stream, index))
         losses = {"cross_entropy": loss, "auxiliary": jnp.zeros(())}
@@ -71,11 +67,7 @@ def make_programs(config: MQARConfig) -> Programs:
         return state, metrics | {"learning_rate": jnp.asarray(rate, jnp.float32)}
 
     def train(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        # A call may reach into later epochs; each is shuffled on its own.
-        epoch, within = state.step // per_epoch, state.step % per_epoch
-        reached = math.ceil((per_epoch - 1 + config.scan_steps) / per_epoch)
-        numbers = jax.vmap(order)(epoch + jnp.arange(reached)).reshape(-1, batch)
-        return jax.lax.scan(one_step, state, jax.lax.dynamic_slice_in_dim(numbers, within, config.scan_steps))
+        return jax.lax.scan(one_step, state, epoch_rows(config, shuffle, state.step))
 
     def test(params: Params) -> dict[str, Array]:
         model, key = skeleton.merge(params), jax.random.key(TEST_SEED)
@@ -104,6 +96,24 @@ def make_programs(config: MQARConfig) -> Programs:
         jax.jit(test),
         jax.jit(look) if config.attention == "dma" else None,
     )
+
+
+def epoch_rows(config: MQARConfig, key: PRNGKeyArray, step: Int[Array, ""]) -> Int[Array, "S B"]:
+    """Numbers of the examples of the next `scan_steps` batches: every epoch is a permutation of its own.
+
+    What an epoch has beyond whole batches is left out of it.
+    """
+    assert config.batch_size is not None
+    batch, examples = config.batch_size, config.train_examples
+    per_epoch = examples // batch
+    # The batches may reach into later epochs.
+    reached = math.ceil((per_epoch - 1 + config.scan_steps) / per_epoch)
+
+    def order(epoch: jax.Array) -> jax.Array:
+        return jax.random.permutation(jax.random.fold_in(key, epoch), examples)[: per_epoch * batch]
+
+    numbers = jax.vmap(order)(step // per_epoch + jnp.arange(reached)).reshape(-1, batch)
+    return jax.lax.dynamic_slice_in_dim(numbers, step % per_epoch, config.scan_steps)
 
 
 def _answers(model: RecallModel, examples: Examples) -> tuple[Float[Array, "B n"], Array]:
