@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_run import compile_cache
 
 from configs.mqar import SWEEPS
 from dmattn_jax.oracle import visible_keys_oracle
-from small_run import compile_cache
 from train import cli
 from train.errors import ConfigError
 from train.experiments import mqar_cell
@@ -29,7 +29,7 @@ from train.metrics_file import read_metrics
 
 TINY = MQARConfig(
     length=22, pairs=5, dim=12, vocab_size=31, window=7, train_examples=53, test_examples=11, batch_size=5, epochs=3,
-    eval_every=6, scan_steps=3, dtype="float32", learning_rate=1e-2,
+    eval_every=15, scan_steps=3, dtype="float32", learning_rate=1e-2,
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
     np.testing.assert_array_equal(jax.jit(lambda: epoch_rows(one_more, key, jnp.int32(9)))(), numbers[9:22])
 
 
-@pytest.mark.parametrize("attention", [pytest.param(v, marks=[pytest.mark.slow] * (v != "nsa")) for v in VARIANTS])
+@pytest.mark.parametrize("attention", [pytest.param(v, marks=[pytest.mark.slow] * (v != "mla")) for v in VARIANTS])
 def test_model_is_causal_and_learns(attention):
     config = resolve(dataclasses.replace(TINY, attention=attention))
     model = RecallModel(config, rngs=nnx.Rngs(0))
@@ -121,8 +121,12 @@ def test_gate_measures_by_counting():
         block.attention.gate.A[...] = jnp.asarray([0.7 - layer])
         block.attention.gate.delta[...] *= 40
     made = examples(config, 4)
-    measured = jax.jit(lambda made: gate_measures(config, model, made))(made)
-    gates = np.asarray(model.gates(jnp.asarray(made.tokens)))
+
+    @nnx.jit
+    def measure(model):
+        return gate_measures(config, model, made), model.gates(jnp.asarray(made.tokens))
+
+    measured, gates = measure(model)
     for layer in range(2):
         visible = np.asarray(visible_keys_oracle(jnp.asarray(gates[layer]), config.window))[:, 0]
         key, value = (
@@ -137,7 +141,7 @@ def test_gate_measures_by_counting():
     assert float(measured["in_window"][0]) == pytest.approx(near)
     assert 0 < near < 1
     model.blocks[0].attention.gate.A[...] = jnp.zeros(1)
-    assert float(jax.jit(lambda made: gate_measures(config, model, made))(made)["ties"][0]) == 1
+    assert float(measure(model)[0]["ties"][0]) == 1
 
 
 class Calls:
@@ -157,9 +161,10 @@ def test_a_cell_stopped_and_continued_is_the_cell_at_once(tmp_path, monkeypatch)
     config = resolve(TINY)
     with compile_cache(tmp_path / "cache"):
         whole = train_cell(config, tmp_path / "whole", Deadline(None)).result
-        first = train_cell(config, tmp_path / "parts", Calls(3))
+        # Stopped in the second epoch, and between two tests; the checkpoint of the first test is older.
+        first = train_cell(config, tmp_path / "parts", Calls(6))
         assert first.result is None
-        assert (tmp_path / "parts" / config.name / "checkpoints" / "9").is_dir()
+        assert (tmp_path / "parts" / config.name / "checkpoints" / "18").is_dir()
         parts = train_cell(config, tmp_path / "parts", Deadline(None)).result
     assert whole is not None
     assert whole["stopped"] == "epochs"
@@ -167,15 +172,15 @@ def test_a_cell_stopped_and_continued_is_the_cell_at_once(tmp_path, monkeypatch)
     # A row says what its tests said; the mean loss of a row cut by the stop has lost its first part.
     assert [row["accuracy"] for row in parts["history"]] == [row["accuracy"] for row in whole["history"]]
     assert (parts["test_loss"], parts["measures"]) == (whole["test_loss"], whole["measures"])
-    assert [row["step"] for row in parts["history"]] == [6, 12, 18, 24, 30]
+    assert [row["step"] for row in parts["history"]] == [15, 30]
     folder = tmp_path / "parts" / config.name
     assert {path.name for path in (folder / "plots").iterdir()} == {"training.png", "gates.png", "masks.png"}
     assert not (folder / "checkpoints").exists()
     rows = read_metrics(folder / "metrics.csv")
     assert {"key_visible_1", "ties_0", "A_1"} <= set(rows[0])
     with np.load(folder / "gates.npz") as saved:
-        assert saved["steps"].tolist() == [6, 12, 18, 24, 30]
-        assert saved["gates"].shape == (5, 2, 22)
+        assert saved["steps"].tolist() == [15, 30]
+        assert saved["gates"].shape == (2, 2, 22)
     # Done: nothing runs again, and another configuration in the same folder is refused.
     assert train_cell(config, tmp_path / "parts", Calls(1)).result == parts
     with pytest.raises(ConfigError, match=r"learning_rate 0.01 -> 0.02; choose another --output"):
@@ -269,7 +274,7 @@ def test_a_sweep_trains_what_is_missing_and_continues(tmp_path, monkeypatch):
         ({"pairs": 6}, "length must be even and at least 4 * pairs, got length 22 with 6 pairs: use at most 5 pairs"),
         ({"vocab_size": 11}, "vocab-size must leave 5 distinct keys below its half, got 11: use at least 12"),
         ({"dim": 6}, "dim must be a multiple of 4, got 6"),
-        ({"scan_steps": 4}, "scan-steps must divide eval-every, got 4 and 6"),
+        ({"scan_steps": 4}, "scan-steps must divide eval-every, got 4 and 15"),
         ({"train_examples": 3}, "train-examples must be at least one batch of 5, got 3"),
         ({"minutes": 0.0}, "minutes must be > 0, got 0.0"),
         ({"length": 0}, "length must be >= 1, got 0"),
