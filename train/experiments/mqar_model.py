@@ -13,15 +13,14 @@ from dmattn_jax import nn
 from dmattn_jax.partitioning import normal
 from train.experiments.mqar_config import MQARConfig
 
-INIT_STD = 0.02
-
 
 class RecallBlock(nnx.Module):
     """x ← x + Attn(LayerNorm x); x ← x + W₂ GELU(W₁ LayerNorm x), four times as wide inside."""
 
     def __init__(self, config: MQARConfig, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, jnp.dtype(config.dtype)
-        initial = nnx.initializers.normal(INIT_STD)
+        assert config.init_std is not None
+        initial = nnx.initializers.normal(config.init_std)
         self.attention_norm = nnx.LayerNorm(dim, rngs=rngs)
         self.attention = _attention(config, rngs)
         self.mlp_norm = nnx.LayerNorm(dim, rngs=rngs)
@@ -44,8 +43,9 @@ class RecallModel(nnx.Module):
     def __init__(self, config: MQARConfig, *, rngs: nnx.Rngs):
         """config: resolved."""
         assert config.vocab_size is not None
-        self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.dim), INIT_STD, jnp.float32))
-        self.position = nnx.Param(normal(rngs, (config.length, config.dim), INIT_STD, jnp.float32))
+        assert config.init_std is not None
+        self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.dim), config.init_std, jnp.float32))
+        self.position = nnx.Param(normal(rngs, (config.length, config.dim), config.init_std, jnp.float32))
         self.blocks = nnx.List([RecallBlock(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = nnx.LayerNorm(config.dim, rngs=rngs)
         self.config = config
@@ -79,7 +79,7 @@ def _attention(config: MQARConfig, rngs: nnx.Rngs) -> Any:
     common: dict[str, Any] = {
         "rope_theta": None,
         "qk_norm": False,
-        "init_std": INIT_STD,
+        "init_std": config.init_std,
         "dtype": jnp.dtype(config.dtype),
         "rngs": rngs,
     }
