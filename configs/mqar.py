@@ -19,15 +19,20 @@ ZOOLOGY_MQAR = MQARSweep(
 
 SMOKE_MQAR = replace(
     ZOOLOGY_MQAR,
-    lengths=(64,),
-    pairs=(4,),
-    dims=(32,),
-    cell=replace(
-        ZOOLOGY_MQAR.cell,
-        vocab_size=128, train_examples=20_000, test_examples=200, epochs=16, batch_size=64, learning_rate=3e-3,
-        eval_every=100, dtype="float32",
+    lengths=(32,),
+    pairs=(8,),
+    dims=(64,),
+    cell=MQARConfig(
+        vocab_size=64,
+        train_examples=20_000,
+        test_examples=200,
+        epochs=10,
+        batch_size=64,
+        learning_rate=2e-3,
+        eval_every=250,
+        dtype="float32",
     ),
-)  # fmt: skip
+)
 """One easy cell for each variant: minutes on a CPU."""
 
 SWEEPS: dict[str, MQARSweep] = {"paper": PAPER_MQAR, "zoology": ZOOLOGY_MQAR, "smoke": SMOKE_MQAR}

@@ -18,13 +18,15 @@ from dmattn_jax.oracle import visible_keys_oracle
 from train import cli
 from train.errors import ConfigError
 from train.experiments import mqar_cell
-from train.experiments.mqar_cell import Deadline, train_cell
-from train.experiments.mqar_config import VARIANTS, MQARConfig, MQARSweep, resolve
+from train.experiments.deadline import Deadline
+from train.experiments.mqar_cell import train_cell
+from train.experiments.mqar_config import MQARConfig, MQARSweep, resolve
 from train.experiments.mqar_data import Examples, make_examples
 from train.experiments.mqar_model import RecallModel
 from train.experiments.mqar_plots import MOST_SNAPSHOTS, GateHistory
 from train.experiments.mqar_step import epoch_rows, gate_measures, make_programs
 from train.experiments.mqar_sweep import report, run_sweep
+from train.experiments.variants import VARIANTS
 from train.metrics_file import read_metrics
 
 TINY = MQARConfig(

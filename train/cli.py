@@ -246,6 +246,12 @@ def _mqar(args: Sequence[str]) -> int:
     return mqar(args)
 
 
+def _scaling(args: Sequence[str]) -> int:
+    from train.experiments.commands import scaling
+
+    return scaling(args)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": ("train a preset, or continue an interrupted run", _train),
     "generate": ("continue a text with a trained model", lambda a: _parse(inference.generate, "dmattn generate", a)),
@@ -256,6 +262,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),
     "tokenizer": ("train a tokenizer", _tokenizer),
     "mqar": ("associative recall: one model, or a sweep of variants", _mqar),
+    "scaling": ("scaling laws of the attention variants", _scaling),
     "explain": ("which attention implementation runs here, and why", lambda a: _parse(explain, "dmattn explain", a)),
 }
 

@@ -10,8 +10,10 @@ from typing import Annotated
 import tyro
 
 from configs.mqar import SWEEPS
+from configs.scaling import LADDER_20M
 from train.errors import ConfigError
 from train.experiments.mqar_config import MQARConfig, MQARSweep, resolve
+from train.experiments.scaling_config import ScalingSweep
 
 MQAR_HELP = """Multi-query associative recall: train one small model on it, or a sweep of models.
 
@@ -22,6 +24,16 @@ Examples:
   dmattn mqar sweep paper
   dmattn mqar sweep paper --lengths 2048 --dims 64 128 --variants mha dma --seeds 0 1 --cell.minutes 5
   dmattn mqar report runs/mqar"""
+
+
+SCALING_HELP = """Scaling laws of the attention variants: a ladder of sizes, all trained alike, L(C) = E + a C^-b.
+
+The same command again continues what was interrupted and skips what is done.
+
+Examples:
+  dmattn scaling --base.data.source texts/ --max-minutes 120
+  dmattn scaling --variants mha dma --sizes 3 128 2 4 256 1      (layers, width, seeds; and so on)
+  dmattn scaling report runs/scaling"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +70,8 @@ def mqar(args: Sequence[str]) -> int:
         return tyro.cli(_mqar_report, prog="dmattn mqar report", args=rest)
     given = tyro.cli(CellArguments, prog="dmattn mqar", description=MQAR_HELP, args=args)
     config = resolve(given.cell)
-    from train.experiments.mqar_cell import Deadline, train_cell
+    from train.experiments.deadline import Deadline
+    from train.experiments.mqar_cell import train_cell
 
     return train_cell(config, given.session.output, Deadline(given.session.max_minutes)).exit_code
 
@@ -86,6 +99,39 @@ def _mqar_sweep(args: Sequence[str]) -> int:
 def _mqar_report(output: Annotated[Path, tyro.conf.Positional] = Path("runs/mqar")) -> int:
     """Draw the table and the figure of a folder of cells again."""
     from train.experiments.mqar_sweep import report
+
+    report(output)
+    print((output / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingArguments(ScalingSweep):
+    output: Path = Path("runs/scaling")
+    """The folder of the runs: each is a run's folder below it."""
+    max_minutes: float | None = None
+    """Stop after so many minutes with a checkpoint, for the same command to continue."""
+
+
+def scaling(args: Sequence[str]) -> int:
+    """`dmattn scaling`: the ladder, or `report`."""
+    if args and args[0] == "report":
+        return tyro.cli(_scaling_report, prog="dmattn scaling report", args=args[1:])
+    given = tyro.cli(
+        ScalingArguments,
+        default=ScalingArguments(**vars(LADDER_20M)),
+        prog="dmattn scaling",
+        description=SCALING_HELP,
+        args=args,
+    )
+    from train.experiments.scaling import run_ladder
+
+    return run_ladder(given, given.output, given.max_minutes)
+
+
+def _scaling_report(output: Annotated[Path, tyro.conf.Positional] = Path("runs/scaling")) -> int:
+    """Fit, table and figure of a folder of runs again."""
+    from train.experiments.scaling import report
 
     report(output)
     print((output / "table.md").read_text(encoding="utf-8"))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +17,23 @@ from tqdm import tqdm
 
 from train.checkpoint import CheckpointWriter
 from train.errors import ConfigError, TrainingDivergedError
+from train.experiments.deadline import Deadline
 from train.experiments.mqar_config import MQARConfig
 from train.experiments.mqar_plots import GateHistory, plot_gates, plot_mqar_masks, plot_training
 from train.experiments.mqar_step import Programs, make_programs, placed
+from train.experiments.results import RESULT, origin, write_json
 from train.interrupt import Interrupt
 from train.metrics_file import MetricsFile, read_metrics
 from train.monitor import say
 from train.run_directory import RunDirectory
 from train.step import TrainState
 
-RESULT = "result.json"
 SECONDS_BETWEEN_SAVES = 60.0
 MAX_BAD_STEPS = 20
 BASE_COLUMNS = (
     "step", "epoch", "loss", "test_loss", "test_accuracy", "learning_rate", "gradient_norm", "bad_steps", "seconds",
 )  # fmt: skip
 MEASURES = ("key_visible", "value_visible", "in_window", "ties", "spread", "A", "delta")
-
-
-class Deadline:
-    """When a session must end. minutes: None for never."""
-
-    def __init__(self, minutes: float | None) -> None:
-        if minutes is not None and not minutes > 0:
-            raise ConfigError(f"max-minutes must be > 0, got {minutes}")
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
-
-    @property
-    def passed(self) -> bool:
-        return self._end is not None and time.monotonic() >= self._end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +71,7 @@ def train_cell(config: MQARConfig, output: Path, deadline: Deadline) -> CellOutc
         result = read_result(folder, config)
         if result is not None:
             return CellOutcome(result)
-        _write_json(directory.config, dataclasses.asdict(config))
+        write_json(directory.config, dataclasses.asdict(config))
         session = _Session(config, directory)
         try:
             return session.run(deadline)
@@ -231,12 +217,9 @@ class _Session:
                 {"step": int(row["step"]), "accuracy": float(row["test_accuracy"]), "loss": float(row["loss"])}
                 for row in rows
             ],
-            "device": jax.devices()[0].device_kind,
-            "versions": {
-                "dmattn-jax": version("dmattn-jax"), "jax": jax.__version__, "python": platform.python_version(),
-            },
-        }  # fmt: skip
-        _write_json(self.directory.path / RESULT, result)
+            **origin(),
+        }
+        write_json(self.directory.path / RESULT, result)
         # A finished cell is never continued, and its checkpoint is the largest of its files.
         self.checkpoints.wait()
         shutil.rmtree(self.directory.checkpoints, ignore_errors=True)
@@ -245,10 +228,3 @@ class _Session:
             f"({rows[-1]['epoch']} epochs, {self.seconds:,.0f} s); stopped by {stopped}"
         )
         return result
-
-
-def _write_json(path: Path, content: Any) -> None:
-    # A reader never sees half a file.
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(path)

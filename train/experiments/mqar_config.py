@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from dmattn_jax.models.config import AttentionKind
 from train.errors import ConfigError
+from train.experiments.variants import VARIANTS
 
-VARIANTS: tuple[AttentionKind, ...] = ("mha", "swa", "mla", "nsa", "dma")
 TOKENS_PER_STEP = 65_536
 
 
@@ -54,7 +54,7 @@ class MQARConfig:
     """Peak of a cosine; None: (9 − log2 dim)·1e-4 (4e-4 at 32 … 1e-4 at 256)."""
     weight_decay: float = 0.1
     init_std: float | None = None
-    """Of all matrices and tables; None: 1/√dim. With zoology's 0.02 even the easiest cells stay on a plateau for long."""
+    """Of all matrices and tables; None: 1/√dim. At zoology's 0.02 even easy cells stay on a plateau for long."""
     eval_every: int = 500
     """Steps between tests, each with a row of metrics.csv and new pictures."""
     scan_steps: int = 50

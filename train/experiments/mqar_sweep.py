@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from train.errors import ConfigError, TrainingDivergedError
-from train.experiments.mqar_cell import RESULT, Deadline, read_result, train_cell
-from train.experiments.mqar_config import VARIANTS, MQARSweep
+from train.experiments.deadline import Deadline
+from train.experiments.mqar_cell import read_result, train_cell
+from train.experiments.mqar_config import MQARSweep
+from train.experiments.results import read_results, write_json
+from train.experiments.variants import COLOURS, VARIANTS
 from train.monitor import say
 from train.plots import INK, save_figure
-
-COLOURS = {"mha": "#3d7ea6", "swa": "#8a94a6", "mla": "#6a994e", "nsa": "#8d5a97", "dma": "#f08a24"}
 
 
 def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
@@ -48,12 +48,6 @@ def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
         report(output)
         say((output / "table.md").read_text(encoding="utf-8"))
     return 0
-
-
-def read_results(output: Path) -> Iterator[dict[str, Any]]:
-    """The results of all finished cells below a folder, by name."""
-    for path in sorted(output.glob(f"*/{RESULT}")):
-        yield json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +91,14 @@ def report(output: Path) -> None:
     if not results:
         raise ConfigError(f"no finished cell below {output}")
     groups = group_results(iter(results))
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "results.json", results)
     (output / "table.md").write_text(_table(groups), encoding="utf-8")
     _plot(groups, output / "accuracy.png")
 
 
 def _table(groups: list[Group]) -> str:
     tasks = sorted({(group.length, group.pairs) for group in groups})
-    rows = sorted({(group.dim, VARIANTS.index(group.attention), group.attention) for group in groups})  # type: ignore[arg-type]
+    rows = sorted({(group.dim, VARIANTS.index(group.attention), group.attention) for group in groups})
     found = {(group.attention, group.dim, group.length, group.pairs): group.text for group in groups}
     lines = [
         "| width | attention | " + " | ".join(f"{length:,} ({pairs} pairs)" for length, pairs in tasks) + " |",
