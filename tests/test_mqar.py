@@ -194,6 +194,7 @@ def test_gate_history_stays_small_and_forgets_what_runs_again(tmp_path):
     history = GateHistory(path, until=0)
     for step in range(1, 201):
         history.add(step, np.full((2, 3), step))
+    history.save()
     assert len(history.steps) <= MOST_SNAPSHOTS
     assert set(np.diff(history.steps)) == {4}
     again = GateHistory(path, until=101)
@@ -268,6 +269,21 @@ def test_a_sweep_trains_what_is_missing_and_continues(tmp_path, monkeypatch):
     asked.clear()
     assert run_sweep(dataclasses.replace(sweep, seeds=(2,)), tmp_path, 1e-9) == 0
     assert asked == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["mha", "dma"])
+def test_an_easy_cell_is_learned(attention, tmp_path):
+    """Dense attention solves it within minutes on a CPU; the dynamic mask, which sees half, finds more than chance."""
+    (cell,) = dataclasses.replace(SWEEPS["smoke"], variants=(attention,)).cells()
+    result = train_cell(cell, tmp_path, Deadline(None)).result
+    assert result is not None
+    if attention == "mha":
+        assert result["stopped"] == "target"
+        assert result["accuracy"] >= 0.99
+    else:
+        # 8 values are in the text: whoever only knows which has 1 of 8.
+        assert result["accuracy"] > 0.5
 
 
 @pytest.mark.parametrize(

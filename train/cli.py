@@ -246,6 +246,18 @@ def _mqar(args: Sequence[str]) -> int:
     return mqar(args)
 
 
+def _needle(args: Sequence[str]) -> int:
+    from train.experiments.commands import needle
+
+    return _parse(needle, "dmattn needle", args)
+
+
+def _longeval(args: Sequence[str]) -> int:
+    from train.experiments.commands import longeval
+
+    return _parse(longeval, "dmattn longeval", args)
+
+
 def _scaling(args: Sequence[str]) -> int:
     from train.experiments.commands import scaling
 
@@ -263,6 +275,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "tokenizer": ("train a tokenizer", _tokenizer),
     "mqar": ("associative recall: one model, or a sweep of variants", _mqar),
     "scaling": ("scaling laws of the attention variants", _scaling),
+    "needle": ("find a needle in a haystack, by length and depth", _needle),
+    "longeval": ("find a line among many, by length and depth", _longeval),
     "explain": ("which attention implementation runs here, and why", lambda a: _parse(explain, "dmattn explain", a)),
 }
 

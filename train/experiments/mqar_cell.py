@@ -29,6 +29,7 @@ from train.run_directory import RunDirectory
 from train.step import TrainState
 
 SECONDS_BETWEEN_SAVES = 60.0
+SECONDS_BETWEEN_PICTURES = 30.0
 MAX_BAD_STEPS = 20
 BASE_COLUMNS = (
     "step", "epoch", "loss", "test_loss", "test_accuracy", "learning_rate", "gradient_norm", "bad_steps", "seconds",
@@ -101,6 +102,7 @@ class _Session:
         self.metrics = MetricsFile(directory.metrics, self.step, columns)
         self.seconds = self.metrics.seconds_before
         self.accuracy, self.test_loss, self.measures = 0.0, float("nan"), dict[str, Any]()
+        self.expiry = np.zeros((config.num_layers, config.length), np.int32)
         self.bar = tqdm(
             total=self.programs.steps,
             initial=self.step,
@@ -130,7 +132,7 @@ class _Session:
     def run(self, deadline: Deadline) -> CellOutcome:
         config = self.config
         losses: list[np.ndarray] = []
-        saved = time.monotonic()
+        saved = drawn = time.monotonic()
         stopped: str | None = None
         # Compiled apart, so that the seconds of a cell are those of its training.
         train = self.programs.train.lower(self.state).compile()  # type: ignore[attr-defined]
@@ -154,11 +156,15 @@ class _Session:
                     losses.clear()
                     if self.accuracy >= config.target:
                         stopped = "target"
+                    if stopped is not None or time.monotonic() - drawn > SECONDS_BETWEEN_PICTURES:
+                        self._draw()
+                        drawn = time.monotonic()
                     if stopped is None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                         self._save()
                         saved = time.monotonic()
                 if stopped is None and (interrupt.signal is not None or deadline.passed):
                     self._save()
+                    self.history.save()
                     self.checkpoints.wait()
                     say(f"{config.name}: stopped after step {self.step:,}; the same command continues it")
                     return CellOutcome(None, interrupt.exit_code if interrupt.signal is not None else 0)
@@ -172,7 +178,7 @@ class _Session:
             )
 
     def _test(self, metrics: Mapping[str, np.ndarray], loss: float) -> None:
-        """A row of metrics.csv and new pictures."""
+        """A row of metrics.csv."""
         config, params = self.config, self.state.params
         tested = jax.device_get(self.programs.test(params))
         self.accuracy, self.test_loss = float(tested["accuracy"]), float(tested["loss"])
@@ -193,10 +199,17 @@ class _Session:
             self.measures = {name: [float(value) for value in seen[name]] for name in MEASURES}
             row |= {f"{name}_{layer}": repr(v) for name in MEASURES for layer, v in enumerate(self.measures[name])}
             self.history.add(self.step, seen["gates"])
-            plot_gates(self.history, config, self.directory.plots / "gates.png")
-            plot_mqar_masks(seen["expiry"], config, self.step, self.directory.plots / "masks.png")
+            self.expiry = seen["expiry"]
         self.metrics.write(row)
-        plot_training(self.directory.metrics, config, self.directory.plots / "training.png")
+
+    def _draw(self) -> None:
+        """Pictures of what the last test saw."""
+        config, plots = self.config, self.directory.plots
+        plot_training(self.directory.metrics, config, plots / "training.png")
+        if self.programs.look is not None:
+            self.history.save()
+            plot_gates(self.history, config, plots / "gates.png")
+            plot_mqar_masks(self.expiry, config, self.step, plots / "masks.png")
 
     def _finish(self, stopped: str | None) -> dict[str, Any]:
         config = self.config

@@ -56,7 +56,7 @@ class MQARConfig:
     init_std: float | None = None
     """Of all matrices and tables; None: 1/√dim. At zoology's 0.02 even easy cells stay on a plateau for long."""
     eval_every: int = 500
-    """Steps between tests, each with a row of metrics.csv and new pictures."""
+    """Steps between tests, each with a row of metrics.csv."""
     scan_steps: int = 50
     """Steps in one call of the device; must divide eval_every."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -18,7 +18,7 @@ LAYER_COLOURS = (RECENT, CHOSEN, "#6a994e", "#8d5a97")
 
 
 class GateHistory:
-    """One example's gates at up to 64 moments of the training, evenly spread; kept in a file across sessions."""
+    """One example's gates at up to 64 moments of the training, evenly spread; `save` keeps them across sessions."""
 
     def __init__(self, path: Path, until: int) -> None:
         """until: snapshots of later steps are dropped, because those steps run again."""
@@ -41,6 +41,11 @@ class GateHistory:
         self.gates.append(np.asarray(gates, np.float32))
         if len(self.steps) > MOST_SNAPSHOTS:
             self.steps, self.gates, self._every = self.steps[::2], self.gates[::2], 2 * self._every
+
+    def save(self) -> None:
+        """Writes the file at once; it may be older than a checkpoint, and then lacks a few moments."""
+        if not self.steps:
+            return
         fresh = self._path.with_name(f".{self._path.name}")
         with fresh.open("wb") as file:
             np.savez_compressed(file, steps=np.array(self.steps), gates=np.stack(self.gates), every=self._every)
