@@ -176,13 +176,24 @@ class DenseCache:
 
     @staticmethod
     def create(
-        batch: int, max_length: int, num_kv_heads: int, head_dim: int, *, dtype: DTypeLike = jnp.float32
+        batch: int,
+        max_length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        dtype: DTypeLike = jnp.float32,
     ) -> DenseCache:
-        """An empty cache for max_length tokens a row. Raises: ValueError when max_length < 1."""
+        """An empty cache for max_length tokens a row; value_dim: of its values, head_dim by default.
+
+        Raises: ValueError when max_length < 1.
+        """
         if max_length < 1:
             raise ValueError(f"max_length must be >= 1, got {max_length}")
-        shape = (batch, max_length, num_kv_heads, head_dim)
-        return DenseCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        shape = (batch, max_length, num_kv_heads)
+        keys = jnp.zeros((*shape, head_dim), dtype)
+        values = jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype)
+        return DenseCache(keys, values, jnp.zeros(batch, jnp.int32))
 
     @property
     def filled(self) -> Bool[Array, "B S"]:

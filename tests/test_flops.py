@@ -72,7 +72,28 @@ def test_experts_count_only_where_a_token_goes():
     assert count.active == count_parameters(dense).active + 3 * (2 * 5 * 8 + 8 * 14)
 
 
-@pytest.mark.parametrize("attention", ["dma", "swa", "mha"])
+def test_latent_attention_counts_its_rotated_part():
+    config = DogeConfig(num_heads=3, num_kv_heads=1, head_dim=8, attention="mla")
+    # 28 pairs of 7 tokens, 2·12 for q·k and 2·8 for p·v, three heads
+    assert attention_flops(config, 7) == 3 * 28 * (24 + 16)
+
+
+def test_native_sparse_attention_counts_its_three_branches_and_the_block_mlps():
+    config = DogeConfig(
+        hidden_size=20, num_heads=6, num_kv_heads=3, head_dim=10, attention="nsa", window=(1, 2, 5),
+        compression_block=2, selection_block=4, selected_blocks=1,
+    )  # fmt: skip
+    near = 2 * (11 + (1 + 2 * 10) + (1 + 2 + 3 + 4 + 5 * 7))
+    compressed = sum(1 + (i + 1) // 2 for i in range(11))
+    selected = sum(i % 4 + 1 + 4 * min(i // 4, 1) for i in range(11))
+    # five whole blocks, three kv heads, keys and values: 2·10 -> 5 -> 10
+    mlps = 5 * 3 * 2 * 2 * (20 * 5 + 5 * 10)
+    assert attention_flops(config, 11) == 40 * (near + 6 * (compressed + selected)) + mlps
+    count = count_parameters(config)
+    assert count.inactive == config.num_layers * 2 * (20 * 5 + 5 * 10)
+
+
+@pytest.mark.parametrize("attention", ["dma", "swa", "mha", "mla", "nsa"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_counted_parameters_are_the_models(attention, tied):
     config = DogeConfig(

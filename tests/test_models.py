@@ -32,9 +32,12 @@ SMALL = DogeConfig(
 )
 ALL_KINDS = [(attention, experts) for attention in ("dma", "swa", "mha") for experts in (0, 16)]
 KINDS = [("dma", 0), ("dma", 16), ("swa", 0), ("mha", 0)]
+BASELINES = [pytest.param(kind, 0, marks=pytest.mark.slow) for kind in ("mla", "nsa")]
+SIZES = {"mla": {"head_dim": 12}, "nsa": {"compression_block": 2, "selection_block": 4, "selected_blocks": 2}}
 
 
 def make(**changes) -> DogeForCausalLM:
+    changes = SIZES.get(changes.get("attention", ""), {}) | changes
     model = DogeForCausalLM(dataclasses.replace(SMALL, **changes), rngs=nnx.Rngs(3))
     if model.config.attention == "dma":
         # As after training: A = 0 would tie all gates.
@@ -68,9 +71,10 @@ def loss_of(model, tokens, targets, segment_ids=None, weights=None):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("experts", [0, 16])
-@pytest.mark.parametrize("attention", ["dma", "swa", "mha"])
+@pytest.mark.parametrize("attention", ["dma", "swa", "mha", "mla", "nsa"])
 def test_parameter_count_is_the_models(attention, experts, tied):
-    config = dataclasses.replace(SMALL, attention=attention, num_experts=experts, tie_embeddings=tied)
+    sizes = SIZES.get(attention, {})
+    config = dataclasses.replace(SMALL, attention=attention, num_experts=experts, tie_embeddings=tied, **sizes)
     model = nnx.eval_shape(lambda: DogeForCausalLM(config, rngs=nnx.Rngs(0)))
     assert config.num_parameters() == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     tables = V * config.hidden_size * (1 if tied else 2)
@@ -143,7 +147,7 @@ def test_packed_documents_are_separate_ones(attention, experts):
     assert float(loss.loss) == float(other.loss), "padding must not count, in the balance loss either"
 
 
-@pytest.mark.parametrize(("attention", "experts"), KINDS)
+@pytest.mark.parametrize(("attention", "experts"), [*KINDS, *BASELINES])
 def test_prefill_and_decoding_at_every_split_is_the_whole_forward(attention, experts):
     model, ids = make(attention=attention, num_experts=experts), tokens()
     whole = np.asarray(logits_of(model, ids))
@@ -157,7 +161,7 @@ def test_prefill_and_decoding_at_every_split_is_the_whole_forward(attention, exp
         steps.append(logits)
     final = cache
     np.testing.assert_allclose(jnp.concatenate(steps, axis=1), whole, rtol=0, atol=1e-5 * scale)
-    if attention != "mha":
+    if attention in ("dma", "swa"):
         check_visible(model, ids, states)
     # Chunks are padded to one length, so that one program serves every split.
     for split in range(1, T):
@@ -166,7 +170,7 @@ def test_prefill_and_decoding_at_every_split_is_the_whole_forward(attention, exp
         tail, after = decode(model, jnp.roll(ids, -split, axis=1), cache, rest)
         both = jnp.concatenate([head[:, :split], tail[:, : T - split]], axis=1)
         np.testing.assert_allclose(both, whole, rtol=0, atol=1e-5 * scale, err_msg=f"split {split}")
-        if attention != "mha":
+        if attention in ("dma", "swa"):
             np.testing.assert_array_equal(jnp.sort(cache.position), jnp.sort(states[split].position))
             np.testing.assert_array_equal(jnp.sort(after.position), jnp.sort(final.position))
 
@@ -344,7 +348,7 @@ def test_linen_runs_the_model():
         ({"window": (5, 7)}, "expected 3 values, got (5, 7)"),
         ({"num_experts": 17}, "num_experts must be 0 or a square number, got 17: use 16 or 25"),
         ({"num_experts": 4, "num_experts_per_token": 5}, "num_experts_per_token must be in 1 … num_experts=4, got 5"),
-        ({"attention": "dense"}, "attention must be one of dma, mha, swa, got 'dense'"),
+        ({"attention": "dense"}, "attention must be one of dma, mha, swa, mla, nsa, got 'dense'"),
         ({"gate_activation": "relu"}, "gate_activation must be one of exp, linear, got 'relu'"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"rope_theta": 0.0}, "rope_theta must be > 0, got 0.0"),

@@ -240,6 +240,30 @@ def _export(args: Sequence[str]) -> int:
     return _parse(export, "dmattn export", args)
 
 
+def _mqar(args: Sequence[str]) -> int:
+    from train.experiments.commands import mqar
+
+    return mqar(args)
+
+
+def _needle(args: Sequence[str]) -> int:
+    from train.experiments.commands import needle
+
+    return _parse(needle, "dmattn needle", args)
+
+
+def _longeval(args: Sequence[str]) -> int:
+    from train.experiments.commands import longeval
+
+    return _parse(longeval, "dmattn longeval", args)
+
+
+def _scaling(args: Sequence[str]) -> int:
+    from train.experiments.commands import scaling
+
+    return scaling(args)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": ("train a preset, or continue an interrupted run", _train),
     "generate": ("continue a text with a trained model", lambda a: _parse(inference.generate, "dmattn generate", a)),
@@ -249,6 +273,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "export": ("write a trained model as a Hugging Face folder", _export),
     "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),
     "tokenizer": ("train a tokenizer", _tokenizer),
+    "mqar": ("associative recall: one model, or a sweep of variants", _mqar),
+    "scaling": ("scaling laws of the attention variants", _scaling),
+    "needle": ("find a needle in a haystack, by length and depth", _needle),
+    "longeval": ("find a line among many, by length and depth", _longeval),
     "explain": ("which attention implementation runs here, and why", lambda a: _parse(explain, "dmattn explain", a)),
 }
 

@@ -51,7 +51,8 @@ class ParameterCount:
     """Parameters by their part in the arithmetic.
 
     total: all of them. embedding: token table, and the output table of an untied model. inactive: expert rows a
-    token does not touch (CDMoE). `non_embedding` is the N of scaling laws and of the step law.
+    token does not touch (CDMoE), and block MLPs that do not run for every token (`nsa`). `non_embedding` is the N of
+    scaling laws and of the step law.
     """
 
     total: int
@@ -74,6 +75,8 @@ def count_parameters(config: DogeConfig) -> ParameterCount:
     inactive = 0
     if config.num_experts:
         inactive = 2 * (config.num_experts - config.num_experts_per_token) * config.hidden_size * config.num_layers
+    if config.attention == "nsa":
+        inactive += config.compressor_parameters() * config.num_layers
     return ParameterCount(total, total - config.num_parameters(embeddings=False), inactive)
 
 
@@ -90,7 +93,13 @@ def visible_pairs(length: int, window: int | None) -> int:
 
 def attention_flops(config: DogeConfig, length: int) -> int:
     """Operations of one layer's forward attention over one sequence: 2·D for q·k and 2·D for p·v, per pair and
-    query head."""
+    query head. For `nsa` the block MLPs are in it, because they run once a block and not once a token."""
+    if config.attention == "mla":
+        return (
+            config.num_heads
+            * visible_pairs(length, None)
+            * (2 * (config.head_dim + config.head_dim // 2) + 2 * config.head_dim)
+        )
     group = config.num_heads // config.num_kv_heads
     if config.attention == "mha":
         windows: tuple[int | None, ...] = (None,) * config.num_kv_heads
@@ -99,7 +108,24 @@ def attention_flops(config: DogeConfig, length: int) -> int:
     else:
         windows = config.window
     pairs = group * sum(visible_pairs(length, window) for window in windows)
-    return 4 * config.head_dim * pairs
+    if config.attention != "nsa":
+        return 4 * config.head_dim * pairs
+    pairs += config.num_heads * (compressed_pairs(config, length) + selected_pairs(config, length))
+    blocks = config.num_kv_heads * (length // config.compression_block)
+    return 4 * config.head_dim * pairs + 2 * config.compressor_parameters() * blocks
+
+
+def compressed_pairs(config: DogeConfig, length: int) -> int:
+    """(query, compressed row) pairs of one sequence: the row that is always there, and every block that has ended."""
+    size = config.compression_block
+    # Block b is seen by the queries from its last token on.
+    return length + sum(length - end for end in range(size - 1, length, size))
+
+
+def selected_pairs(config: DogeConfig, length: int) -> int:
+    """(query, key) pairs of the selected branch: its own block up to the query, and whole earlier blocks."""
+    size = config.selection_block
+    return sum(i % size + 1 + size * min(i // size, config.selected_blocks) for i in range(length))
 
 
 @dataclass(frozen=True)

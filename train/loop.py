@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from train.run_files import open_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. exit_code: 0 when all steps are done, 143 after SIGTERM, 130 after SIGINT."""
+    """How a run ended. exit_code: 0 when all steps are done or time was up, 143 after SIGTERM, 130 after SIGINT."""
 
     step: int
     exit_code: int
@@ -38,9 +39,14 @@ class Outcome:
     last: Evaluation | None
 
 
-def run(config: TrainConfig) -> Outcome:
+def _never() -> bool:
+    return False
+
+
+def run(config: TrainConfig, time_is_up: Callable[[], bool] = _never) -> Outcome:
     """Trains `config`, or continues it: the same configuration run again goes on from the newest whole checkpoint.
 
+    time_is_up: asked after every step; True saves a checkpoint and ends the session. Only for a single process.
     Raises UserError for what the user can put right, TrainingDivergedError after too many bad steps in a row.
     """
     device_mesh = mesh.make_mesh(config.mesh)
@@ -64,7 +70,7 @@ def run(config: TrainConfig) -> Outcome:
         for name, (old, new) in changed.items():
             say(f"changed since the run began: {name} {old} -> {new}")
         with jax.set_mesh(device_mesh):
-            session = _Session(config, plan, device_mesh, tokenizer, directory)
+            session = _Session(config, plan, device_mesh, tokenizer, directory, time_is_up)
             try:
                 return session.train()
             finally:
@@ -77,9 +83,16 @@ class _Session:
     """One process's time with a run."""
 
     def __init__(
-        self, config: TrainConfig, plan: Plan, device_mesh: Mesh, tokenizer: Tokenizer, directory: RunDirectory
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        device_mesh: Mesh,
+        tokenizer: Tokenizer,
+        directory: RunDirectory,
+        time_is_up: Callable[[], bool],
     ) -> None:
         self.config, self.plan, self.mesh = config, plan, device_mesh
+        self.time_is_up = time_is_up
         self.tokenizer, self.directory = tokenizer, directory
         self.main_process = jax.process_index() == 0
         self.say = say if self.main_process else _say_nothing
@@ -173,9 +186,10 @@ class _Session:
         finally:
             if monitor is not None:
                 monitor.close()
-        if outcome.exit_code:
+        if outcome.step < self.plan.steps:
+            why = "by a signal" if outcome.exit_code else "because time was up"
             self.say(
-                f"stopped by a signal after step {outcome.step}; the checkpoint is saved. "
+                f"stopped {why} after step {outcome.step}; the checkpoint is saved. "
                 "Run the same command again to continue."
             )
         elif self.main_process:
@@ -211,7 +225,8 @@ class _Session:
             self.state, device_metrics = self.train_step(self.state, batch)
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             self._refuse_divergence(number, metrics)
-            stop = interrupt.requested(number)
+            out_of_time = self.time_is_up()
+            stop = out_of_time or interrupt.requested(number)
             saving = number % config.checkpoint.every == 0 or number == last
             validation: float | None = None
             began = time.perf_counter()
@@ -232,7 +247,8 @@ class _Session:
             if monitor is not None:
                 monitor.add_pause(time.perf_counter() - began)
             if stop and number < last:
-                return Outcome(number, interrupt.exit_code, first, evaluation)
+                signalled = interrupt.signal is not None or not out_of_time
+                return Outcome(number, interrupt.exit_code if signalled else 0, first, evaluation)
         return Outcome(last, 0, first, evaluation)
 
     def _refuse_divergence(self, number: int, metrics: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -38,18 +38,18 @@ class MetricsFile:
     """Appends rows. Rows after `step` (the checkpoint that a run resumes from) are dropped when it opens, because
     those steps run again."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
         kept = [row for row in read_metrics(path) if int(row["step"]) <= step]
         fresh = path.with_suffix(".csv.new")
         with fresh.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
         os.replace(fresh, path)
         self.seconds_before = float(kept[-1]["seconds"] or 0) if kept else 0.0
         """Training time of earlier sessions, up to the step resumed from."""
         self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
+        self._writer = csv.DictWriter(self._file, columns, restval="")
 
     def write(self, row: Mapping[str, object]) -> None:
         """One row; it is in the operating system's hands when this returns. Floats keep every bit."""

@@ -20,10 +20,10 @@ RECENT, CHOSEN, DROPPED, UNSEEN = "#3d7ea6", "#f08a24", "#dbe3ec", "#f7f8fa"
 MOST_LAYERS, MOST_HEADS = 8, 4
 
 
-def _save(figure: Figure, path: Path, dpi: int) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes a PNG at once: a reader never sees half a picture."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A reader never sees half a picture.
     fresh = path.with_name(f".{path.name}")
     figure.savefig(fresh, dpi=dpi, format="png", facecolor=PAPER)
     fresh.replace(path)
@@ -76,7 +76,7 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
     axes.margins(x=0.04)
     if train or validation:
         axes.legend(frameon=False)
-    _save(figure, path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def visible_from_expiry(expiry: Int[np.ndarray, " S"]) -> Bool[np.ndarray, "S S"]:
@@ -146,4 +146,4 @@ def plot_masks(
         ],
         loc="outside lower center", ncols=4, frameon=False, fontsize=10,
     )  # fmt: skip
-    _save(figure, path, dpi=160)
+    save_figure(figure, path, dpi=160)

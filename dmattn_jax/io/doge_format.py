@@ -89,6 +89,11 @@ def _rope_theta(fields: Fields) -> float:
 
 def write_doge_config(config: DogeConfig) -> dict[str, Any]:
     """The content of a `config.json`, without the types of numbers and the tokenizer's ids."""
+    if config.attention in ("mla", "nsa"):
+        raise ValueError(
+            f"a Doge model folder holds attention 'dma', 'swa' or 'mha', got {config.attention!r}: "
+            "keep the run's folder"
+        )
     windows = (config.window,) * config.num_kv_heads if isinstance(config.window, int) else config.window
     as_published = config.gate_activation == "exp" and config.gate_step == 0
     standard = config.attention == "dma" and as_published and len(set(windows)) == 1

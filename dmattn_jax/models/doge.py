@@ -102,6 +102,19 @@ def _attention(config: DogeConfig, numeric: dict[str, Any], rngs: nnx.Rngs) -> A
         return nn.MultiHeadAttention(*shape, **common)
     if config.attention == "swa":
         return nn.SlidingWindowAttention(*shape, window=config.window, **common)
+    if config.attention == "mla":
+        sizes = (config.hidden_size, config.num_heads, config.head_dim)
+        return nn.MultiHeadLatentAttention(*sizes, latent_dim=config.latent_dim, **common)
+    if config.attention == "nsa":
+        return nn.NativeSparseAttention(
+            *shape,
+            latent_dim=config.latent_dim,
+            window=config.window,
+            compression_block=config.compression_block,
+            selection_block=config.selection_block,
+            selected_blocks=config.selected_blocks,
+            **common,
+        )
     return nn.DynamicMaskAttention(
         *shape, window=config.window, gate_activation=config.gate_activation, gate_step=config.gate_step, **common
     )

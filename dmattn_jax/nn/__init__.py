@@ -2,8 +2,10 @@
 
 from dmattn_jax.nn.attention import DynamicMaskAttention, MultiHeadAttention, SlidingWindowAttention
 from dmattn_jax.nn.gate import DynamicMaskGate
+from dmattn_jax.nn.latent import MultiHeadLatentAttention
 from dmattn_jax.nn.mlp import SwiGLU
 from dmattn_jax.nn.moe import CDMoE
+from dmattn_jax.nn.native_sparse import NativeSparseAttention
 from dmattn_jax.nn.norms import RMSNorm
 from dmattn_jax.nn.rope import FactorsRope, LinearRope, Llama3Rope, RopeScaling, apply_rope
 
@@ -15,6 +17,8 @@ __all__ = [
     "LinearRope",
     "Llama3Rope",
     "MultiHeadAttention",
+    "MultiHeadLatentAttention",
+    "NativeSparseAttention",
     "RMSNorm",
     "RopeScaling",
     "SlidingWindowAttention",

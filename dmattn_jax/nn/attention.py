@@ -34,6 +34,7 @@ class _GroupedQueryAttention(nnx.Module):
     """What the variants share: x → q, k, v (q and k RMS-normed per head, then rotated) and heads → output.
 
     qk_norm: whether q and k are normed. bias: whether the four projections have one (starting at 0).
+    rope_theta: None leaves queries and keys without rotary positions.
     rope_scaling: how the rotary frequencies are changed for longer contexts.
     """
 
@@ -44,7 +45,7 @@ class _GroupedQueryAttention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
         rope_scaling: RopeScaling | None = None,
         qk_norm: bool = True,
         bias: bool = False,
@@ -101,6 +102,11 @@ class _GroupedQueryAttention(nnx.Module):
         return self._merge(out), cache
 
     def _project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        query, key, value = self._heads(x)
+        return self._rotate(query, position), self._rotate(key, position), value
+
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k (normed, not yet rotated) and v."""
         x = x.astype(self.dtype)
         query = jnp.einsum("btm,mhd->bthd", x, self.query[...].astype(self.dtype))
         key = jnp.einsum("btm,mhd->bthd", x, self.key[...].astype(self.dtype))
@@ -111,9 +117,12 @@ class _GroupedQueryAttention(nnx.Module):
             value = value + self.value_bias[...].astype(self.dtype)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = apply_rope(query, position, theta=self.rope_theta, scaling=self.rope_scaling)
-        key = apply_rope(key, position, theta=self.rope_theta, scaling=self.rope_scaling)
         return query, key, value
+
+    def _rotate(self, heads: jax.Array, position: jax.Array) -> jax.Array:
+        if self.rope_theta is None:
+            return heads
+        return apply_rope(heads, position, theta=self.rope_theta, scaling=self.rope_scaling)
 
     def _values(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("btm,mhd->bthd", x, self.value[...].astype(self.dtype))
@@ -155,7 +164,8 @@ class SlidingWindowAttention(_GroupedQueryAttention):
         head_dim: int,
         *,
         window: int | Sequence[int],
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
+        qk_norm: bool = True,
         norm_eps: float = 1e-6,
         init_std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
@@ -168,6 +178,7 @@ class SlidingWindowAttention(_GroupedQueryAttention):
             num_kv_heads,
             head_dim,
             rope_theta=rope_theta,
+            qk_norm=qk_norm,
             norm_eps=norm_eps,
             init_std=init_std,
             dtype=dtype,
@@ -208,7 +219,8 @@ class DynamicMaskAttention(SlidingWindowAttention):
         window: int | Sequence[int],
         gate_activation: GateActivation = "exp",
         gate_step: float = 0.0,
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
+        qk_norm: bool = True,
         norm_eps: float = 1e-6,
         init_std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
@@ -222,6 +234,7 @@ class DynamicMaskAttention(SlidingWindowAttention):
             head_dim,
             window=window,
             rope_theta=rope_theta,
+            qk_norm=qk_norm,
             norm_eps=norm_eps,
             init_std=init_std,
             dtype=dtype,

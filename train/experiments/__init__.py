@@ -1,0 +1,1 @@
+"""The experiments of the papers, each a command: recall, scaling, retrieval from long texts."""

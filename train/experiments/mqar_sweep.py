@@ -1,0 +1,144 @@
+"""A sweep of recall cells, and what their results say together: one table, one figure."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from train.errors import ConfigError, TrainingDivergedError
+from train.experiments.deadline import Deadline
+from train.experiments.mqar_cell import read_result, train_cell
+from train.experiments.mqar_config import MQARSweep
+from train.experiments.results import read_results, write_json
+from train.experiments.variants import COLOURS, VARIANTS
+from train.monitor import say
+from train.plots import INK, save_figure
+
+
+def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
+    """Trains the cells that `output` does not have yet, in order, and draws after each. Returns the exit code.
+
+    A cell that diverges is reported and passed over; one whose time ran out with the session is continued by the same
+    command. Raises: ConfigError when a folder holds a cell of another configuration.
+    """
+    cells, deadline = sweep.cells(), Deadline(max_minutes)
+    missing = [cell for cell in cells if read_result(output / cell.name, cell) is None]
+    say(f"{len(cells)} cells, {len(cells) - len(missing)} of them done")
+    for number, cell in enumerate(missing, 1):
+        if deadline.passed:
+            say(f"time is up: {len(missing) - number + 1} cells are left; the same command continues")
+            break
+        say(f"cell {number} of {len(missing)}: {cell.name}")
+        try:
+            outcome = train_cell(cell, output, deadline)
+        except TrainingDivergedError as error:
+            say(f"passed over: {error}")
+            continue
+        if outcome.exit_code:
+            return outcome.exit_code
+        if outcome.result is not None:
+            report(output)
+    if any(read_results(output)):
+        report(output)
+        say((output / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cells that differ in their seed alone. accuracy: the last test of each."""
+
+    attention: str
+    length: int
+    pairs: int
+    dim: int
+    accuracy: tuple[float, ...]
+    stopped: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The mean, its spread over seeds, and a mark where time and not the recipe ended the training."""
+        text = f"{np.mean(self.accuracy):.3f}"
+        if len(self.accuracy) > 1:
+            text += f" ± {np.std(self.accuracy, ddof=1):.3f}"
+        return text + ("*" if "time" in self.stopped else "")
+
+
+def group_results(results: Iterator[dict[str, Any]]) -> list[Group]:
+    """One group for each variant, length, number of pairs and width."""
+    cells = collections.defaultdict(list)
+    for result in results:
+        config = result["config"]
+        cells[config["attention"], config["length"], config["pairs"], config["dim"]].append(result)
+    return [
+        Group(*key, tuple(cell["accuracy"] for cell in found), tuple(cell["stopped"] for cell in found))
+        for key, found in sorted(cells.items())
+    ]
+
+
+def report(output: Path) -> None:
+    """Writes results.json (every cell's numbers), table.md and accuracy.png from the cells below `output`.
+
+    Raises: ConfigError when there is none.
+    """
+    results = list(read_results(output))
+    if not results:
+        raise ConfigError(f"no finished cell below {output}")
+    groups = group_results(iter(results))
+    write_json(output / "results.json", results)
+    (output / "table.md").write_text(_table(groups), encoding="utf-8")
+    _plot(groups, output / "accuracy.png")
+
+
+def _table(groups: list[Group]) -> str:
+    tasks = sorted({(group.length, group.pairs) for group in groups})
+    rows = sorted({(group.dim, VARIANTS.index(group.attention), group.attention) for group in groups})
+    found = {(group.attention, group.dim, group.length, group.pairs): group.text for group in groups}
+    lines = [
+        "| width | attention | " + " | ".join(f"{length:,} ({pairs} pairs)" for length, pairs in tasks) + " |",
+        "|---|---|" + "---|" * len(tasks),
+    ]
+    for dim, _, attention in rows:
+        cells = " | ".join(found.get((attention, dim, *task), "") for task in tasks)
+        lines.append(f"| {dim} | {attention.upper()} | {cells} |")
+    if any(group.text.endswith("*") for group in groups):
+        lines += ["", "\\* stopped by its minutes, before the target and the last epoch"]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(groups: list[Group], path: Path) -> None:
+    tasks = sorted({(group.length, group.pairs) for group in groups})
+    figure = Figure(figsize=(3.6 * len(tasks) + 1.2, 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for attention in VARIANTS:
+            own = [g for g in groups if g.attention == attention and (g.length, g.pairs) == task]
+            if not own:
+                continue
+            dims = [group.dim for group in own]
+            mean = [np.mean(group.accuracy) for group in own]
+            low, high = ([f(group.accuracy) for group in own] for f in (min, max))
+            axes.fill_between(dims, low, high, color=COLOURS[attention], alpha=0.18, linewidth=0)
+            axes.plot(dims, mean, color=COLOURS[attention], marker="o", linewidth=2, label=attention.upper())
+            late = [(d, m) for d, m, group in zip(dims, mean, own, strict=True) if "time" in group.stopped]
+            if late:
+                axes.plot(*zip(*late, strict=True), "o", color="white", markeredgecolor=COLOURS[attention], zorder=3)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({group.dim for group in groups})
+        axes.set_xticks(ticks, [str(dim) for dim in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title(f"{task[0]:,} tokens, {task[1]} pairs", loc="left", color=INK, fontsize=11)
+        axes.set_xlabel("model width")
+        axes.grid(True, color="#e6e9ef", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy on unseen examples")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    save_figure(figure, path, dpi=140)
