@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py --output benchmarks/results/attention.json
 
-Every row is checked against the float64 oracle at a short length, and against the portable implementation at its own
-length, before it is timed. Selection is always part of the time; `select` and `layout` show it apart.
+Everything is checked against the float64 oracle at a short length before anything is timed. Selection is always part
+of the time; `select + layout` shows it apart. Times are compared with the matrix unit's own: `matrix product` is one
+of 8,192³, and `share of it` counts 4·D operations for every visible (query, key) pair, 14·D with the backward pass.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,31 @@ from dmattn_jax.documents import document_bounds
 from dmattn_jax.layout import lay_out
 from dmattn_jax.oracle import attention_oracle
 from dmattn_jax.selection import choose_keys
-from pallas_kernels import IMPLEMENTATIONS
+from pallas_kernels import IMPLEMENTATIONS, Implementation, Intervals
+from train.flops import visible_pairs
+
+sys.path.insert(0, str(Path(__file__).parent))
+import torch_peers
+
+PORTABLE_LENGTH = 8192
+"""Where a faster implementation runs, the portable one is measured up to here only."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What to measure.
 
-    lengths, windows: measured in pairs. heads, kv_heads, head_dim: Table 5 of the DMA paper by default.
+    lengths, windows: measured in pairs. heads, kv_heads, head_dim: Table 5 of the DMA paper by default. gates: all of
+    them at one length (`gates_at`), the first at the others.
     """
 
-    lengths: tuple[int, ...] = (1024, 2048, 8192, 32768)
-    windows: tuple[int, ...] = (1024, 1024, 1024, 1024)
+    lengths: tuple[int, ...] = (1024, 2048, 8192, 32768, 131072)
+    windows: tuple[int, ...] = (1024, 1024, 1024, 1024, 2048)
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    gates: tuple[str, ...] = ("random", "walk")
+    gates: tuple[str, ...] = ("random", "rising", "walk")
+    gates_at: int = 32768
     dtype: str = "bfloat16"
     repeats: int = 5
     output: Path | None = None
@@ -59,6 +70,7 @@ class Row:
     direction: str
     milliseconds: list[float] = field(default_factory=list)
     temporary_bytes: int = 0
+    share_of_matmul: float | None = None
 
     @property
     def median(self) -> float:
@@ -139,26 +151,41 @@ def check(options: Options) -> dict[str, float]:
     return errors
 
 
-def rows_of(options: Options, length: int, window: int, gate: str) -> list[Row]:
+def matrix_product(dtype: str, repeats: int) -> float:
+    """Operations per second of one large product, the practical ceiling of this device."""
+    size = 8192 if jax.default_backend() == "gpu" else 512
+    left, right = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in (0, 1))
+    times, _ = measure(jnp.dot, [left, right], repeats)
+    return 2 * size**3 / (statistics.median(times) * 1e-3)
+
+
+def rows_of(options: Options, length: int, window: int, gate: str, ceiling: float) -> list[Row]:
     *inputs, cotangent = make_inputs(options, length, gate)
     rows = []
 
+    def keep(row: Row, dense: bool) -> None:
+        if row.what != "select + layout":
+            pairs = visible_pairs(length, None if dense else window) * options.heads
+            work = pairs * options.head_dim * (4 if row.direction == "forward" else 14)
+            row.share_of_matmul = work / (row.median * 1e-3) / ceiling
+        rows.append(row)
+        share = "" if row.share_of_matmul is None else f"{row.share_of_matmul:5.0%} of a matrix product"
+        print(
+            f"{length:>8} {window:>6} {gate:>7} {row.what:>22} {row.direction:>8} {row.median:9.3f} ms {share}",
+            flush=True,
+        )
+
     def add(what: str, direction: str, function, arguments) -> None:
         times, temporary = measure(function, arguments, options.repeats)
-        rows.append(Row(length, window, gate, what, direction, times, temporary))
-        print(f"{length:>8} {window:>6} {gate:>7} {what:>22} {direction:>8} {rows[-1].median:9.3f} ms", flush=True)
+        keep(Row(length, window, gate, what, direction, times, temporary), dense=what == "cudnn dense")
 
-    def prepare(gate):
-        choice = choose_keys(
-            jnp.moveaxis(gate, 2, 1), (window,) * options.kv_heads, document_bounds(None, 1, length), causal=True
-        )
-        blocks = IMPLEMENTATIONS["xla"].block_sizes(length, length, window, options.head_dim)
-        return lay_out(choice, queries=length, window=window, blocks=blocks)
-
-    add("select", "forward", lambda gate: select_keys(gate, window), inputs[3:])
-    add("select + layout", "forward", prepare, inputs[3:])
-    for name, attend in peers(window).items():
+    table = peers(window)
+    fastest = next(entry for name, entry in IMPLEMENTATIONS.items() if f"dma {name}" in table)
+    add("select + layout", "forward", partial(prepare, fastest, window, options.head_dim), inputs[3:])
+    for name, attend in table.items():
         if name.startswith("cudnn") and gate != options.gates[0]:
+            continue
+        if name == "dma xla" and fastest.name != "xla" and (length > PORTABLE_LENGTH or gate != options.gates[0]):
             continue
 
         def both(query, key, value, gate, cotangent, attend=attend):
@@ -167,30 +194,55 @@ def rows_of(options: Options, length: int, window: int, gate: str) -> list[Row]:
 
         add(name, "forward", attend, inputs)
         add(name, "both", both, [*inputs, cotangent])
+    if torch_peers.available() and gate == options.gates[0] and length <= options.gates_at:
+        shape = (length, options.heads, options.kv_heads, options.head_dim)
+        expiry = np.asarray(jax.jit(select_keys, static_argnums=1)(inputs[3], window))[0]
+        for name, function in torch_peers.peers(*shape, expiry, np.asarray(inputs[3])[0]):
+            for direction, times in torch_peers.measure(function, *shape, options.repeats).items():
+                keep(Row(length, window, gate, name, direction, times), dense=name != "flex attention")
     return rows
+
+
+def prepare(implementation: Implementation, window: int, head_dim: int, gate: jax.Array) -> Intervals:
+    """Lifetimes and lists as attention makes them, without the attention."""
+    batch, length, kv_heads = gate.shape
+    windows, documents = (window,) * kv_heads, document_bounds(None, batch, length)
+    ranked = jnp.moveaxis(gate, 2, 1)
+    blocks = implementation.block_sizes(length, length, window, head_dim)
+    if implementation.select is not None:
+        return implementation.select(ranked, windows, documents.start, documents.end, queries=length, blocks=blocks)
+    choice = choose_keys(ranked, windows, documents, causal=True)
+    return lay_out(choice, queries=length, window=window, blocks=blocks)
 
 
 def main(options: Options) -> None:
     print(explain())
     errors = check(options)
     print("RMS error over RMS of the float64 oracle:", errors)
-    rows = [
-        row
-        for length, window in zip(options.lengths, options.windows, strict=True)
-        for gate in options.gates
-        for row in rows_of(options, length, window, gate)
-    ]
-    if options.output:
-        record = {
-            "command": sys.argv,
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "options": {**asdict(options), "output": str(options.output)},
-            "errors": errors,
-            "rows": [asdict(row) for row in rows],
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    ceiling = matrix_product(options.dtype, options.repeats)
+    print(f"matrix product: {ceiling / 1e12:.1f} TFLOP/s")
+    rows: list[Row] = []
+    for length, window in zip(options.lengths, options.windows, strict=True):
+        for gate in options.gates if length == options.gates_at else options.gates[:1]:
+            rows += rows_of(options, length, window, gate, ceiling)
+            if options.output:
+                write(options, errors, ceiling, rows)
+
+
+def write(options: Options, errors: dict[str, float], ceiling: float, rows: list[Row]) -> None:
+    """All rows so far."""
+    assert options.output is not None
+    record = {
+        "command": sys.argv,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "options": {**asdict(options), "output": str(options.output)},
+        "errors": errors,
+        "matrix_product_flops": ceiling,
+        "rows": [asdict(row) for row in rows],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark of generation runs at any size, and writes down what it measured."""
+"""The benchmarks run at any size, and write down what they measured."""
 
 import importlib.util
 import json
@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="module")
-def generation():
-    path = Path(__file__).parents[1] / "benchmarks" / "generation.py"
-    spec = importlib.util.spec_from_file_location("benchmark_generation", path)
+def load(name: str):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     module = importlib.util.module_from_spec(spec)
     # dataclasses look their module up here
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generation():
+    return load("generation")
 
 
 def small(generation, output: Path, **changes):
@@ -79,3 +83,21 @@ def test_running_out_of_memory_is_a_result_and_other_errors_are_not(generation):
     assert bench.measured("prefill", 5, fail("RESOURCE_EXHAUSTED: Out of memory")).error == "out of memory"
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         bench.measured("prefill", 5, fail("INTERNAL: broken"))
+
+
+def test_train_step_benchmark(monkeypatch, tmp_path):
+    from dataclasses import replace
+
+    from configs import PRESETS
+
+    bench = load("train_step")
+    tiny = replace(
+        PRESETS["doge-20m"].model, vocab_size=61, hidden_size=16, intermediate_size=16, num_layers=1, window=5
+    )
+    monkeypatch.setitem(bench.PRESETS, "tiny", replace(PRESETS["doge-20m"], model=tiny))
+    output = tmp_path / "train_step.json"
+    options = bench.Options(("tiny",), (13,), ("dma", "mha"), tokens=26, repeats=2, output=output)
+    rows = bench.main(options)
+    assert [(row.attention, row.sequences, len(row.seconds)) for row in rows] == [("dma", 2, 2), ("mha", 2, 2)]
+    assert all(row.tokens_per_second > 0 and 0 < row.loss < 10 for row in rows)
+    assert len(json.loads(output.read_text())["rows"]) == 2
