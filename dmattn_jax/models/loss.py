@@ -55,7 +55,9 @@ def chunked_cross_entropy(
     def one_chunk(total, chunk):
         rows, target, weight = chunk
         logits = jnp.einsum("btm,mv->btv", rows, unembedding, preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)[..., 0]
+        # A comparison and not a gather, whose gradient would be a scatter into all logits.
+        chosen = jnp.arange(logits.shape[-1]) == jnp.maximum(target, 0)[..., None]
+        picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - picked
         # Not 0 · nll: a token that does not count must not spread a NaN.
         return total + jnp.sum(jnp.where(weight != 0, weight * nll, 0)), None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,4 +36,10 @@ class SwiGLU(nnx.Module):
         x = x.astype(self.dtype)
         gate = x @ self.gate_projection[...].astype(self.dtype)
         up = x @ self.up_projection[...].astype(self.dtype)
-        return (jax.nn.silu(gate) * up) @ self.down_projection[...].astype(self.dtype)
+        return _gated(gate, up) @ self.down_projection[...].astype(self.dtype)
+
+
+# For the backward pass the two products are kept, and not the steps between them.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gated(gate: Float[Array, "*n F"], up: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
+    return jax.nn.silu(gate) * up
