@@ -55,12 +55,30 @@ def chunked_cross_entropy(
     def one_chunk(total, chunk):
         rows, target, weight = chunk
         logits = jnp.einsum("btm,mv->btv", rows, unembedding, preferred_element_type=jnp.float32)
-        # A comparison and not a gather, whose gradient would be a scatter into all logits.
-        chosen = jnp.arange(logits.shape[-1]) == jnp.maximum(target, 0)[..., None]
-        picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-        nll = jax.nn.logsumexp(logits, axis=-1) - picked
+        nll = _negative_log_likelihood(logits, jnp.maximum(target, 0))
         # Not 0 · nll: a token that does not count must not spread a NaN.
         return total + jnp.sum(jnp.where(weight != 0, weight * nll, 0)), None
 
     total, _ = jax.lax.scan(one_chunk, jnp.float32(0), (cut(hidden), cut(targets), cut(weights)))
     return total, weights.sum()
+
+
+@jax.custom_vjp
+def _negative_log_likelihood(logits: Float[Array, "B T V"], target: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """−log softmax(logits)[target]. Its gradient is written out, or it would be a scatter into all logits."""
+    picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def _likelihood_forward(logits, target):
+    return _negative_log_likelihood(logits, target), (logits, target)
+
+
+def _likelihood_backward(saved, cotangent):
+    logits, target = saved
+    chosen = jnp.arange(logits.shape[-1]) == target[..., None]
+    weight = jax.nn.softmax(logits, axis=-1) - chosen
+    return jnp.where(cotangent[..., None] != 0, cotangent[..., None] * weight, 0), None
+
+
+_negative_log_likelihood.defvjp(_likelihood_forward, _likelihood_backward)
