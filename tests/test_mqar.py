@@ -26,7 +26,6 @@ from train.experiments.mqar_model import RecallModel
 from train.experiments.mqar_plots import MOST_SNAPSHOTS, GateHistory
 from train.experiments.mqar_step import epoch_rows, gate_measures, make_programs
 from train.experiments.mqar_sweep import report, run_sweep
-from train.experiments.variants import VARIANTS
 from train.metrics_file import read_metrics
 
 TINY = MQARConfig(
@@ -96,7 +95,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", ["nsa", "dma"])
 def test_model_is_causal_and_learns(attention):
     config = resolve(dataclasses.replace(TINY, attention=attention))
     model = RecallModel(config, rngs=nnx.Rngs(0))
@@ -284,18 +283,13 @@ def test_a_sweep_trains_what_is_missing_and_continues(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["mha", "dma"])
-def test_an_easy_cell_is_learned(attention, tmp_path):
-    """Dense attention solves it within minutes on a CPU; the dynamic mask, which sees half, finds more than chance."""
-    (cell,) = dataclasses.replace(SWEEPS["smoke"], variants=(attention,)).cells()
+def test_an_easy_cell_is_learned(tmp_path):
+    """Dense attention solves it within a minute on a CPU; who only knows which 8 values are there has 1 of 8."""
+    (cell,) = dataclasses.replace(SWEEPS["smoke"], variants=("mha",)).cells()
     result = train_cell(cell, tmp_path, Deadline(None)).result
     assert result is not None
-    if attention == "mha":
-        assert result["stopped"] == "target"
-        assert result["accuracy"] >= 0.99
-    else:
-        # 8 values are in the text: whoever only knows which has 1 of 8.
-        assert result["accuracy"] > 0.5
+    assert result["stopped"] == "target"
+    assert result["accuracy"] >= 0.99
 
 
 @pytest.mark.parametrize(
