@@ -27,6 +27,7 @@ from train.experiments.mqar_plots import MOST_SNAPSHOTS, GateHistory
 from train.experiments.mqar_step import epoch_rows, gate_measures, make_programs
 from train.experiments.mqar_sweep import report, run_sweep
 from train.metrics_file import read_metrics
+from train.run_directory import RunDirectory
 
 TINY = MQARConfig(
     length=22, pairs=5, dim=12, vocab_size=31, window=7, train_examples=53, test_examples=11, batch_size=5, epochs=3,
@@ -186,6 +187,9 @@ def test_a_cell_stopped_and_continued_is_the_cell_at_once(tmp_path, monkeypatch)
     assert whole is not None
     assert whole["stopped"] == "epochs"
     assert whole["steps"] == 30
+    short = dataclasses.replace(config, minutes=1e-9)
+    timed = train_cell(short, tmp_path / "short", Deadline(None)).result
+    assert (timed["stopped"], timed["steps"]) == ("time", 3)
     # A row says what its tests said; the mean loss of a row cut by the stop has lost its first part.
     assert [row["accuracy"] for row in parts["history"]] == [row["accuracy"] for row in whole["history"]]
     assert (parts["test_loss"], parts["measures"]) == (whole["test_loss"], whole["measures"])
@@ -258,6 +262,20 @@ def test_report_is_the_mean_and_spread_of_the_cells_that_are_done(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     with pytest.raises(ConfigError, match="no finished cell"):
         report(tmp_path / "empty")
+
+
+def test_a_sweep_passes_over_a_cell_that_another_process_trains(tmp_path, capsys):
+    sweep = MQARSweep(
+        lengths=(64,), pairs=(4,), dims=(32,), variants=("mha",), cell=dataclasses.replace(TINY, window=5)
+    )
+    (cell,) = sweep.cells()
+    other = RunDirectory(tmp_path / cell.name)
+    other.lock()
+    try:
+        assert run_sweep(sweep, tmp_path, None) == 0
+    finally:
+        other.unlock()
+    assert "is in use by another process" in capsys.readouterr().out
 
 
 def test_a_sweep_trains_what_is_missing_and_continues(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.errors import ConfigError, TrainingDivergedError
+from train.errors import ConfigError, RunInUseError, TrainingDivergedError
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_cell import read_result, train_cell
 from train.experiments.mqar_config import MQARSweep
@@ -24,7 +24,8 @@ from train.plots import INK, save_figure
 def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
     """Trains the cells that `output` does not have yet, in order, and draws after each. Returns the exit code.
 
-    A cell that diverges is reported and passed over; one whose time ran out with the session is continued by the same
+    A cell that diverges, or that another process is training, is reported and passed over: several processes, on
+    GPUs of their own, may share a folder. One whose time ran out with the session is continued by the same
     command. Raises: ConfigError when a folder holds a cell of another configuration.
     """
     cells, deadline = sweep.cells(), Deadline(max_minutes)
@@ -37,7 +38,7 @@ def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
         say(f"cell {number} of {len(missing)}: {cell.name}")
         try:
             outcome = train_cell(cell, output, deadline)
-        except TrainingDivergedError as error:
+        except (TrainingDivergedError, RunInUseError) as error:
             say(f"passed over: {error}")
             continue
         if outcome.exit_code:
