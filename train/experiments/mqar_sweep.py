@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from train.errors import ConfigError, RunInUseError, TrainingDivergedError
 from train.experiments.deadline import Deadline
@@ -140,6 +141,9 @@ def _plot(groups: list[Group], path: Path) -> None:
         axes.grid(True, color="#e6e9ef", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy on unseen examples")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    drawn = dict(pair[::-1] for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+    if any("time" in group.stopped for group in groups):
+        hollow = Line2D([], [], color="white", marker="o", markeredgecolor=INK, linewidth=0)
+        drawn["stopped by its minutes"] = hollow
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=len(drawn), frameon=False)
     save_figure(figure, path, dpi=140)
