@@ -290,6 +290,7 @@ def test_doge_configurations_with_what_is_not_supported(single):
         ({"keep_window_size": 0}, "window must be >= 1, got 0"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type must be default or dynamic for Doge"),
         ({"model_type": "dmattn_doge", "attention": "all", "gate_activation": "exp"}, "attention must be one of"),
+        ({"model_type": "dmattn_doge", "attention": "nsa", "gate_activation": "exp"}, "attention must be one of"),
         ({"model_type": "dmattn_doge", "attention": "dma", "gate_activation": "exp", "windows": ["5"]}, "window"),
         ({}, "tensor model.layers.0.self_attn.q_norm.weight of shape [4] is missing"),
     ):

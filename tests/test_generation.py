@@ -48,10 +48,12 @@ def logits_of(model, tokens, segment_ids):
 
 
 @pytest.mark.parametrize(
-    ("attention", "experts"), [("dma", 9), *(pytest.param(kind, 0, marks=pytest.mark.slow) for kind in ("swa", "mha"))]
+    ("attention", "experts"),
+    [("dma", 9), *(pytest.param(kind, 0, marks=pytest.mark.slow) for kind in ("swa", "mha", "nsa"))],
 )
 def test_greedy_is_the_argmax_of_the_whole_forward(attention, experts):
-    model = make(attention, num_experts=experts, num_experts_per_token=3)
+    blocks = {"compression_block": 2, "selection_block": 4, "selected_blocks": 2}
+    model = make(attention, num_experts=experts, num_experts_per_token=3, **blocks)
     for prompt, new in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=13), strict=True):
         assert len(new) == 13
         row = np.zeros((1, 31), np.int32)

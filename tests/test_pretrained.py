@@ -147,6 +147,8 @@ def test_errors_of_saving(tmp_path):
         save_pretrained(make(factors), tmp_path / "x")
     with pytest.raises(ValueError, match="model must be a DogeForCausalLM or a LlamaForCausalLM, got Linear"):
         save_pretrained(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "x")
+    with pytest.raises(ValueError, match="attention must be one of dma, swa, mha, got 'nsa'"):
+        save_pretrained(make(replace(DOGE, attention="nsa")), tmp_path / "x")
     with pytest.raises(ValueError, match="shard_bytes must be >= 1, got 0"):
         save_pretrained(make(LLAMA), tmp_path / "x", shard_bytes=0)
     assert not (tmp_path / "x" / "config.json").exists()

@@ -31,7 +31,8 @@ from train.optimizer import make_optimizer
 from train.parameters import make_skeleton
 
 model = DogeConfig(vocab_size=37, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=16, num_kv_heads=8,
-                   head_dim=4, window=5, dtype="float32")
+                   head_dim=4, attention=sys.argv[2], window=5, compression_block=2, selection_block=4,
+                   selected_blocks=1, dtype="float32")
 generator = np.random.default_rng(3)
 tokens = generator.integers(0, 37, (16, 19)).astype(np.int32)
 segments = np.sort(generator.integers(0, 3, (16, 19)), axis=-1).astype(np.int32)
@@ -60,9 +61,9 @@ print(json.dumps(results))
 """
 
 
-def losses_on(meshes):
+def losses_on(meshes, attention="dma"):
     child = subprocess.run(
-        [sys.executable, "-c", LOSSES, json.dumps(meshes)],
+        [sys.executable, "-c", LOSSES, json.dumps(meshes), attention],
         env=environment(8),
         capture_output=True,
         text=True,
@@ -72,8 +73,8 @@ def losses_on(meshes):
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def assert_losses_agree(meshes):
-    results = losses_on(meshes)
+def assert_losses_agree(meshes, attention="dma"):
+    results = losses_on(meshes, attention)
     expected = np.array(results["(1, 1, 1)"])
     assert expected[-1, 0] < expected[0, 0]
     for name, losses in results.items():
@@ -82,6 +83,11 @@ def assert_losses_agree(meshes):
 
 def test_meshes_give_the_losses_of_one_device():
     assert_losses_agree(REPRESENTATIVE)
+
+
+@pytest.mark.slow
+def test_meshes_give_the_losses_of_one_device_with_native_sparse_attention():
+    assert_losses_agree(REPRESENTATIVE, "nsa")
 
 
 @pytest.mark.slow

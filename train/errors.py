@@ -32,6 +32,10 @@ class RunDirectoryError(UserError):
     """The run's folder cannot be used: missing, unwritable, or held by another process."""
 
 
+class RunInUseError(RunDirectoryError):
+    """Another process holds the run's folder."""
+
+
 class CheckpointError(UserError):
     """No checkpoint can be loaded: none is there, all are damaged, or the architecture is another."""
 

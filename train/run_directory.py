@@ -10,7 +10,7 @@ from typing import IO
 from train import config_json
 from train.checkpoint import steps_in
 from train.config import TrainConfig
-from train.errors import ConfigError, RunDirectoryError
+from train.errors import ConfigError, RunDirectoryError, RunInUseError
 
 SAMPLE_HEAD = re.compile(r"^--- step (\d+)$", re.MULTILINE)
 
@@ -42,7 +42,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
-            raise RunDirectoryError(f"{self.path} is in use by another process: choose another --name") from None
+            raise RunInUseError(f"{self.path} is in use by another process: choose another --name") from None
 
     def unlock(self) -> None:
         if self._lock is not None:

@@ -26,9 +26,11 @@ from dmattn_jax.io.errors import CheckpointFormatError
 from dmattn_jax.io.json_fields import Fields
 from dmattn_jax.io.tensor_map import TensorSpec
 from dmattn_jax.models.config import DogeConfig
+from dmattn_jax.models.field_checks import one_of
 
 STANDARD = "doge"
 EXTENDED = "dmattn_doge"
+STORED_ATTENTIONS = ("dma", "swa", "mha")
 
 
 def read_doge_config(fields: Fields, numeric: dict[str, Any]) -> DogeConfig:
@@ -49,7 +51,7 @@ def read_doge_config(fields: Fields, numeric: dict[str, Any]) -> DogeConfig:
     extended: dict[str, Any] = {}
     if fields.content.get("model_type") == EXTENDED:
         extended = {
-            "attention": fields.text("attention"),
+            "attention": _stored_attention(fields.text("attention")),
             "gate_activation": fields.text("gate_activation"),
             "gate_step": fields.number("gate_step", 0.0),
         }
@@ -76,6 +78,12 @@ def read_doge_config(fields: Fields, numeric: dict[str, Any]) -> DogeConfig:
     )
 
 
+def _stored_attention(attention: str) -> str:
+    """Raises: ValueError for the attentions that no file format has; their models stay in the folders of runs."""
+    one_of("attention", attention, STORED_ATTENTIONS)
+    return attention
+
+
 def _rope_theta(fields: Fields) -> float:
     rope = fields.rope()
     kind = rope.text("rope_type", rope.text("type", "default"))
@@ -89,11 +97,7 @@ def _rope_theta(fields: Fields) -> float:
 
 def write_doge_config(config: DogeConfig) -> dict[str, Any]:
     """The content of a `config.json`, without the types of numbers and the tokenizer's ids."""
-    if config.attention in ("mla", "nsa"):
-        raise ValueError(
-            f"a Doge model folder holds attention 'dma', 'swa' or 'mha', got {config.attention!r}: "
-            "keep the run's folder"
-        )
+    _stored_attention(config.attention)
     windows = (config.window,) * config.num_kv_heads if isinstance(config.window, int) else config.window
     as_published = config.gate_activation == "exp" and config.gate_step == 0
     standard = config.attention == "dma" and as_published and len(set(windows)) == 1

@@ -70,23 +70,27 @@ def block_attention(
     slots = context.key.shape[1]
     size = max(1, min(length, CHUNK_ELEMENTS // (batch * heads * slots)))
     inside = _blocks_inside(context, selection_block // compression_block)
+    dtype = context.key.dtype
+    key_slot = jnp.arange(slots, dtype=jnp.int32)
     block_of_key = _block_of_key(context.selection_end, slots, selection_block)
+    # Every chunk adds to the gradients of all keys: in float32, whatever the keys are.
+    wide = [array.astype(jnp.promote_types(dtype, jnp.float32)) for array in context[:4]]
 
     @jax.checkpoint
     def one_chunk(chunk: BlockQueries) -> tuple[jax.Array, jax.Array]:
-        logits = _logits(chunk.raw, context.compressed_key)
+        key, value, compressed_key, compressed_value = (array.astype(dtype) for array in wide)
+        logits = _logits(chunk.raw, compressed_key)
         ended = _ended_within(context.compressed_end, compression_block, chunk.start, chunk.slot)
         always = jnp.ones((*ended.shape[:2], 1), bool)
-        compressed = _attend(logits, jnp.concatenate([always, ended], axis=-1)[:, None], context.compressed_value)
+        compressed = _attend(logits, jnp.concatenate([always, ended], axis=-1)[:, None], compressed_value)
         own_start = chunk.start + (chunk.slot - chunk.start) // selection_block * selection_block
         candidate = _ended_within(context.selection_end, selection_block, chunk.start, own_start - 1)
         chosen = _choose(jax.lax.stop_gradient(logits[..., 1:]), inside, candidate, selected_blocks)
         # One column more, for the keys that are in no whole block.
         chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, 1)))
-        seen = jnp.take_along_axis(chosen, block_of_key[:, None, None, :], axis=-1)
-        key_slot = jnp.arange(slots, dtype=jnp.int32)
+        seen = jax.vmap(lambda of_row, block: jnp.take(of_row, block, axis=-1, mode="clip"))(chosen, block_of_key)
         own = (key_slot >= own_start[..., None]) & (key_slot <= chunk.slot[..., None])
-        selected = _attend(_logits(chunk.rotated, context.key), seen | own[:, None], context.value)
+        selected = _attend(_logits(chunk.rotated, key), seen | own[:, None], value)
         return compressed, selected
 
     count = -(-length // size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +19,7 @@ from train.experiments.retrieval import Grid
 from train.experiments.scaling_config import ScalingSweep
 
 if TYPE_CHECKING:
+    from train.experiments.retrieval_tasks import Question
     from train.run_files import OpenedModel
 
 PREFILL_CHUNK = 1024
@@ -221,7 +222,16 @@ def _open(model: Path, best: bool) -> OpenedModel:
     return open_model(model, best=best)
 
 
-def _retrieve(task, path, opened, ask, is_right, grid, output, max_minutes) -> int:
+def _retrieve(
+    task: str,
+    path: Path,
+    opened: OpenedModel,
+    ask: Callable[[int, float, int], Question],
+    is_right: Callable[[Question, str], bool],
+    grid: Grid,
+    output: Path | None,
+    max_minutes: float | None,
+) -> int:
     from dmattn_jax.generation import generate
     from train.experiments.deadline import Deadline
     from train.experiments.retrieval import ANSWER_TOKENS, measure

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from train.errors import ConfigError, TrainingDivergedError
+from train.errors import ConfigError, RunInUseError, TrainingDivergedError
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_cell import read_result, train_cell
 from train.experiments.mqar_config import MQARSweep
@@ -24,7 +25,8 @@ from train.plots import INK, save_figure
 def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
     """Trains the cells that `output` does not have yet, in order, and draws after each. Returns the exit code.
 
-    A cell that diverges is reported and passed over; one whose time ran out with the session is continued by the same
+    A cell that diverges, or that another process is training, is reported and passed over: several processes, on
+    GPUs of their own, may share a folder. One whose time ran out with the session is continued by the same
     command. Raises: ConfigError when a folder holds a cell of another configuration.
     """
     cells, deadline = sweep.cells(), Deadline(max_minutes)
@@ -37,7 +39,7 @@ def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
         say(f"cell {number} of {len(missing)}: {cell.name}")
         try:
             outcome = train_cell(cell, output, deadline)
-        except TrainingDivergedError as error:
+        except (TrainingDivergedError, RunInUseError) as error:
             say(f"passed over: {error}")
             continue
         if outcome.exit_code:
@@ -139,6 +141,9 @@ def _plot(groups: list[Group], path: Path) -> None:
         axes.grid(True, color="#e6e9ef", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy on unseen examples")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    drawn = dict(pair[::-1] for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+    if any("time" in group.stopped for group in groups):
+        hollow = Line2D([], [], color="white", marker="o", markeredgecolor=INK, linewidth=0)
+        drawn["stopped by its minutes"] = hollow
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=len(drawn), frameon=False)
     save_figure(figure, path, dpi=140)

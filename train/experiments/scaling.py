@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from train import config_json
 from train.config import TrainConfig
-from train.errors import ConfigError, TrainingDivergedError
+from train.errors import ConfigError, RunInUseError, TrainingDivergedError
 from train.experiments.deadline import Deadline
 from train.experiments.results import RESULT, origin, read_results, write_json
 from train.experiments.scaling_config import ScalingSweep
@@ -29,7 +29,8 @@ from train.plots import INK, save_figure
 def run_ladder(sweep: ScalingSweep, output: Path, max_minutes: float | None) -> int:
     """Trains the runs that `output` does not have yet and draws after each. Returns the exit code.
 
-    A run that diverges is reported and passed over; one that time or a signal stopped is continued by the same
+    A run that diverges, or that another process is training, is reported and passed over: several processes, on GPUs
+    of their own, may share a folder. One that time or a signal stopped is continued by the same
     command. Raises: ConfigError when a folder holds a run of another configuration, and what a run raises.
     """
     from train import mesh
@@ -42,10 +43,12 @@ def run_ladder(sweep: ScalingSweep, output: Path, max_minutes: float | None) -> 
         if deadline.passed:
             say(f"time is up: {len(missing) - number + 1} runs are left; the same command continues")
             break
+        if is_done(cell, output):
+            continue  # by another process, since the beginning
         say(f"run {number} of {len(missing)}: {cell.name}")
         try:
             code = _train(cell, output, deadline)
-        except TrainingDivergedError as error:
+        except (TrainingDivergedError, RunInUseError) as error:
             say(f"passed over: {error}")
             continue
         if code:
