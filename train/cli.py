@@ -234,6 +234,33 @@ def _tokenizer(args: Sequence[str]) -> int:
     return _parse(train_tokenizer, "dmattn tokenizer train", args[1:])
 
 
+DAM_HELP = """usage: dmattn dam COMMAND ...
+
+Dynamic attention masks for a frozen dense model: record its attention, match patterns, attend through them.
+
+Examples:
+  dmattn dam capture model.gguf --text notes/ --length 128 --output dam/
+  dmattn dam match dam/ --threshold 0.3 --mu 0.8
+  dmattn dam eval model.gguf dam/ --text held-out/ --lengths 1024
+  dmattn dam apply model.gguf dam/ --prompt 'Once upon a time'
+  dmattn dam plot dam/
+
+dmattn dam COMMAND --help explains a command and all of its options."""
+
+
+def _dam(args: Sequence[str]) -> int:
+    from train.dam.commands import COMMANDS as commands
+
+    if not args or args[0] in ("-h", "--help"):
+        print(DAM_HELP)
+        return 0
+    if args[0] not in commands:
+        raise UserError(
+            f"unknown command dam {args[0]!r}{_closest(args[0], commands)}; there are: {', '.join(commands)}"
+        )
+    return _parse(commands[args[0]], f"dmattn dam {args[0]}", args[1:])
+
+
 def _export(args: Sequence[str]) -> int:
     from train.export import export
 
@@ -270,6 +297,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "chat": ("talk with a trained model", lambda a: _parse(inference.chat, "dmattn chat", a)),
     "serve": ("answer OpenAI's API over HTTP", lambda a: _parse(inference.serve, "dmattn serve", a)),
     "eval": ("loss on any text, or lm_eval's tasks", lambda a: _parse(inference.evaluate, "dmattn eval", a)),
+    "dam": ("masks for a frozen dense model: capture, match, apply, eval, plot", _dam),
     "export": ("write a trained model as a Hugging Face folder", _export),
     "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),
     "tokenizer": ("train a tokenizer", _tokenizer),

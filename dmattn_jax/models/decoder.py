@@ -116,7 +116,7 @@ class CausalDecoder(nnx.Module):
         def block(layer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             return layer(x, segment_ids)
 
-        x, balance = self._scan(block, self._embed(tokens))
+        x, balance = self._scan(block, self.embed(tokens))
         return self.norm(x), balance.mean()
 
     def init_cache(self, batch: int, max_length: int) -> Any:
@@ -137,7 +137,7 @@ class CausalDecoder(nnx.Module):
         def block(layer: Any, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
             return layer.decode(x, cache, segment_ids)
 
-        x, cache = self._scan(block, self._embed(tokens), cache)
+        x, cache = self._scan(block, self.embed(tokens), cache)
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]:
@@ -145,10 +145,16 @@ class CausalDecoder(nnx.Module):
         unembedding = self._unembedding().astype(hidden.dtype)
         return jnp.einsum("...m,mv->...v", hidden, unembedding, preferred_element_type=jnp.float32)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+        """What the first block reads."""
         # Whole rows on every device of fsdp before the look-up: its result is split by batch, not by feature.
         table = constrain(self.embedding[...], ("vocab", None))
         return constrain(table[tokens].astype(self.config.dtype), HIDDEN)
+
+    def layer(self, index: int | jax.Array) -> Any:
+        """The block of one layer by itself; an index beyond the last gives the last."""
+        graph, parameters = nnx.split(self.blocks)
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], parameters))
 
     def _unembedding(self) -> jax.Array:
         return self.embedding[...].T if self.config.tie_embeddings else self.unembedding[...]

@@ -87,7 +87,7 @@ class DogeForCausalLM(CausalDecoder):
             gate = layer.attention.gates(layer.attention_norm(x))
             return layer(x, segment_ids)[0], gate
 
-        return self._scan(block, self._embed(tokens))[1]
+        return self._scan(block, self.embed(tokens))[1]
 
 
 def _attention(config: DogeConfig, numeric: dict[str, Any], rngs: nnx.Rngs) -> Any:

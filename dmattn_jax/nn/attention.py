@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from dmattn_jax.attention import causal_attention, dynamic_mask_attention, sliding_window_attention
 from dmattn_jax.cache import DenseCache, WindowCache, token_positions
-from dmattn_jax.documents import document_positions
+from dmattn_jax.documents import document_bounds, document_positions
 from dmattn_jax.nn.attend import attend, attend_dense_cache, attend_window_cache
 from dmattn_jax.nn.exact import exact_projection
 from dmattn_jax.nn.gate import DynamicMaskGate, GateActivation
@@ -142,6 +142,21 @@ class _GroupedQueryAttention(nnx.Module):
 
 class MultiHeadAttention(_GroupedQueryAttention):
     """softmax(qkᵀ/√d)v over all earlier keys of the document; grouped queries when num_kv_heads < num_heads."""
+
+    def maps(self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B H T T"]:
+        """The attention weights themselves, float32, for recording short texts: this array is T². Padding has 0."""
+        batch, length = x.shape[:2]
+        documents = document_bounds(segment_ids, batch, length)
+        query, key, _ = self._project(x, document_positions(segment_ids, batch, length))
+        grouped = query.reshape(batch, length, self.num_kv_heads, -1, self.head_dim)
+        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
+        position = jnp.arange(length)
+        # Of one document, not later, and neither of the two padding.
+        seen = (position[None, None] >= documents.start[:, :, None]) & (position[None] <= position[:, None])
+        seen = (seen & documents.token[:, None] & documents.token[:, :, None])[:, None, None]
+        logits = jnp.where(seen, logits * self.head_dim**-0.5, jnp.finfo(jnp.float32).min)
+        weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0)
+        return weights.reshape(batch, -1, length, length)
 
     def init_cache(self, batch: int, max_length: int) -> DenseCache:
         return DenseCache.create(batch, max_length, self.num_kv_heads, self.head_dim, dtype=self.dtype)

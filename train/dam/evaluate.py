@@ -1,0 +1,126 @@
+"""How far masks take a frozen model from its dense self: perplexity, KL and top-1 agreement on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from dmattn_jax.dam import Masks, apply_masks, windows_and_sinks
+from dmattn_jax.models.decoder import CausalDecoder
+
+POSITIONS = 64
+"""Positions whose logits over the vocabulary exist together, of each of two models."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One model on rows of one length. kl: KL(dense ‖ model) in nats per token. agreement: share of positions with
+    the dense model's likeliest token. density: visible over causal pairs, mean of layers and heads."""
+
+    name: str
+    length: int
+    rows: int
+    loss: float
+    perplexity: float
+    kl: float
+    agreement: float
+    density: float
+
+
+def rivals(masks: Masks, length: int, sinks: int) -> dict[str, Masks]:
+    """The masks, and fixed ones of the same density at that length: a sliding window, and one with `sinks` first
+    keys."""
+    layers, heads = masks.fallback.shape
+    density = float(masks.density(length).mean())
+    return {
+        "dam": masks,
+        "sliding_window": windows_and_sinks(layers, heads, _window(density, length, 0)),
+        "sink_and_window": windows_and_sinks(layers, heads, _window(density, length, sinks), sinks),
+    }
+
+
+def _window(density: float, length: int, sinks: int) -> int:
+    """The window whose density, with the sinks, is nearest."""
+    position = np.arange(length)
+    windows = np.arange(1, length + 1)
+    # Of the sinks those count that the window does not reach.
+    seen = np.minimum(position + 1, windows[:, None])
+    seen = seen + np.clip(position + 1 - windows[:, None], 0, sinks)
+    return int(windows[np.argmin(np.abs(seen.sum(1) / (length * (length + 1) / 2) - density))])
+
+
+def compare(
+    model: CausalDecoder, rows: Sequence[np.ndarray], masks: Mapping[str, Masks], *, progress: bool = False
+) -> list[Comparison]:
+    """The dense model and each of `masks` on rows [length], one row at a time. Every token but the first is
+    predicted; at no time are there logits of more than POSITIONS positions."""
+    length = len(rows[0])
+    dense, others = nnx.split(model), {name: nnx.split(apply_masks(model, mask)) for name, mask in masks.items()}
+    sums = {name: np.zeros(3) for name in ("dense", *others)}
+    with tqdm(total=len(rows) * (1 + len(others)), desc=f"eval {length}", unit="row", disable=not progress) as bar:
+        for row in rows:
+            tokens = jnp.asarray(row)[None]
+            truth = _hidden(*dense, tokens)
+            for name, split in (("dense", dense), *others.items()):
+                hidden = truth if name == "dense" else _hidden(*split, tokens)
+                sums[name] += np.asarray(_differences(*dense, truth, hidden, tokens), np.float64)
+                bar.update()
+    out = []
+    for name, (nats, kl, agree) in sums.items():
+        count = len(rows) * (length - 1)
+        density = 1.0 if name == "dense" else float(masks[name].density(length).mean())
+        loss = nats / count
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        out.append(Comparison(name, length, len(rows), loss, perplexity, kl / count, agree / count, density))
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(graph: Any, state: Any, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).hidden(tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _differences(graph: Any, state: Any, truth: jax.Array, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Σ over predicted positions of cross-entropy, KL(truth ‖ hidden), and equal likeliest tokens."""
+    model = nnx.merge(graph, state)
+    length = tokens.shape[1] - 1
+    missing = -length % POSITIONS
+
+    def cut(array: jax.Array) -> jax.Array:
+        array = jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
+        return array.reshape(-1, POSITIONS, *array.shape[1:])
+
+    def one(parts: tuple[jax.Array, ...]) -> jax.Array:
+        truth, hidden, target, counted = parts
+        expected, got = (jax.nn.log_softmax(model.logits(states)) for states in (truth, hidden))
+        nats = -jnp.take_along_axis(got, target[:, None], axis=-1)[:, 0]
+        kl = (jnp.exp(expected) * (expected - got)).sum(-1)
+        agree = jnp.argmax(expected, -1) == jnp.argmax(got, -1)
+        return jnp.stack([jnp.where(counted, part, 0).sum() for part in (nats, kl, agree)])
+
+    parts = (truth[0, :-1], hidden[0, :-1], tokens[0, 1:], jnp.ones(length, bool))
+    return jax.lax.map(one, tuple(map(cut, parts))).sum(0)
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """The comparisons as Markdown."""
+    lines = [
+        "| length | attention | density | perplexity | KL from dense, nats | top-1 agreement |",
+        "|---|---|---|---|---|---|",
+    ]
+    for c in comparisons:
+        name = c.name.replace("_", " ")
+        lines.append(
+            f"| {c.length:,} | {name} | {c.density:.1%} | {c.perplexity:.2f} | {c.kl:.3f} | {c.agreement:.1%} |"
+        )
+    return "\n".join(lines)
