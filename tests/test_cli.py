@@ -51,7 +51,7 @@ def refused(capsys, *args: str, code: int = 2) -> str:
 def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("train", "generate", "chat", "serve", "eval", "export", "plan", "tokenizer", "explain"):
+    for name in ("train", "generate", "chat", "serve", "eval", "export", "plan", "tokenizer", "dam", "explain"):
         assert f"\n  {name} " in shown
     assert "dmattn train quickstart" in shown
 

@@ -65,6 +65,7 @@ def random_masks(seed=0, layers=3, heads=6, share=0.3):
     return Masks(inside, *vectors, np.zeros((layers, heads), bool))
 
 
+@pytest.mark.slow
 def test_capture_is_the_attention_of_a_forward_pass(model, maps):
     """One document at a time, by hand, with float64 softmax."""
     total, count = np.zeros((3, 6, SIDE, SIDE)), np.zeros((SIDE, SIDE))
@@ -181,6 +182,7 @@ def masked(model):
     return apply_masks(model, random_masks())
 
 
+@pytest.mark.slow
 def test_a_masked_model_decodes_what_it_computes_whole(masked, model):
     ids = jnp.asarray(np.random.default_rng(2).integers(0, 61, (2, 37)), jnp.int32)
     whole = np.asarray(masked(ids))
@@ -211,6 +213,7 @@ def test_a_masked_model_generates_and_scores(masked):
         np.testing.assert_allclose(scored.logprob, nats, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_dense_doge_takes_masks_too():
     config = DogeConfig(
         vocab_size=61,

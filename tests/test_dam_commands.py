@@ -14,9 +14,11 @@ from gguf_files import random_tensors, write_gguf
 
 from dmattn_jax.dam import apply_masks, load_masks, windows_and_sinks
 from dmattn_jax.io.pretrained import load_pretrained
+from dmattn_jax.nn import MultiHeadAttention
 from train import cli
-from train.dam.evaluate import compare, rivals
+from train.dam.evaluate import compare
 from train.dam.plots import visible
+from train.dam.rivals import QUERIES, ExactTopAttention, Rival, nearest_window
 from train.dam.text import take_rows
 from train.errors import ConfigError
 
@@ -60,28 +62,29 @@ def test_eval_compares_masks_of_equal_density(home):
     shown = run("eval", home / "model.gguf", home / "masks", *args)
     found = json.loads(output.read_text())
     rows = {row["name"]: row for row in found["results"]}
-    assert list(rows) == ["dense", "dam", "sliding_window", "sink_and_window"]
+    assert list(rows) == ["dense", "dam", "sliding_window", "sink_and_window", "exact_top"]
     assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-5)
     assert rows["dense"]["agreement"] == 1
     for name, row in rows.items():
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
         assert f"| 41 | {name.replace('_', ' ')} | {row['density']:.1%} |" in shown
         assert name == "dense" or (row["kl"] > 1e-4 and row["agreement"] <= 1)
-    for name in ("sliding_window", "sink_and_window"):
+    for name in ("sliding_window", "sink_and_window", "exact_top"):
         # a window is a whole number of keys
         assert abs(rows[name]["density"] - rows["dam"]["density"]) < 1.1 / 41
     assert found["summary"]["heads"] == 8
 
 
+@pytest.mark.slow
 def test_the_loss_of_eval_is_the_models_own(home):
     """Against log-softmax over the whole logits of the dense model."""
     model = load_pretrained(home / "model.gguf")
     row = np.random.default_rng(1).integers(0, 13, 23).astype(np.int32)
-    masks = windows_and_sinks(2, 4, window=3, sinks=1)
-    dense, masked = compare(model, [row], {"w": masks})
+    window = apply_masks(model, windows_and_sinks(2, 4, window=3, sinks=1))
+    dense, masked = compare(model, [row], {"w": Rival(window, 0.5)})
     truth, got = (
         jax.nn.log_softmax(nnx.jit(lambda model, ids: model(ids))(which, jnp.asarray(row)[None])[0, :-1])
-        for which in (model, apply_masks(model, masks))
+        for which in (model, window)
     )
     at = np.arange(22), row[1:]
     np.testing.assert_allclose(dense.loss, -truth[at].mean(), rtol=1e-5)
@@ -90,6 +93,7 @@ def test_the_loss_of_eval_is_the_models_own(home):
     assert masked.agreement == pytest.approx((truth.argmax(-1) == got.argmax(-1)).mean())
 
 
+@pytest.mark.slow
 def test_apply_continues_and_scores(home):
     args = (home / "model.gguf", home / "masks", "--prompt", "a b c")
     assert run("apply", *args, "--tokens", 3).startswith("a b c")
@@ -106,10 +110,26 @@ def test_plots(home):
 
 
 def test_rivals_have_the_nearest_density():
-    masks = windows_and_sinks(2, 4, window=9, sinks=0)
-    found = rivals(masks, 50, sinks=3)
-    assert found["sliding_window"].diagonals.shape[-1] == 9
-    assert found["sink_and_window"].diagonals.shape[-1] in (6, 7)
+    for sinks in (0, 3):
+        for window in (1, 9, 30):
+            density = windows_and_sinks(1, 1, window, sinks).density(50).item()
+            assert nearest_window(density, 50, sinks) == window
+
+
+def test_exact_top_is_the_softmax_of_the_largest():
+    """Row by row in float64, over a length that is no multiple of the block."""
+    length, budget = QUERIES + 7, 5
+    dense = MultiHeadAttention(22, 6, 2, 10, rngs=nnx.Rngs(0))
+    random = np.random.default_rng(0)
+    query, key, value = (random.normal(size=(1, length, heads, 10)) for heads in (6, 2, 2))
+    got = ExactTopAttention(dense, budget)._attend(*(jnp.asarray(a, jnp.float32) for a in (query, key, value)), None)
+    for head in range(6):
+        for i in (0, 3, 6, length - 1):
+            logits = key[0, : i + 1, head // 3] @ query[0, i, head] * 10**-0.5
+            chosen = np.argsort(logits)[-budget:]
+            weights = np.exp(logits[chosen])
+            want = weights @ value[0, chosen, head // 3] / weights.sum()
+            np.testing.assert_allclose(got[0, i, head], want, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_spread_over_documents():

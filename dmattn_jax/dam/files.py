@@ -63,7 +63,12 @@ def load_masks(folder: Path) -> Masks:
 
 def _save(folder: Path, name: str, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, folder / f"{name}.safetensors")
+    path = folder / f"{name}.safetensors"
+    # save_file makes a file that its owner alone can read; this is as any other
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(arrays, path)
+    path.chmod(mode)
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from dmattn_jax.dam.masks import Masks
 @dataclasses.dataclass(frozen=True)
 class MatchConfig:
     """threshold: τ, of the amplified map. match: μ, the share of a pattern's cells that must be in the mask.
-    min_length: cells of a pattern at least; shorter ones, at the corner, match by chance. None: an eighth of L.
+    min_length: cells of a pattern at least; shorter ones, at the corner, match by chance. None: a quarter of L.
 
     Raises: DamError on a value out of its range.
     """
@@ -45,7 +45,7 @@ def match(maps: Maps, config: MatchConfig | None = None) -> Masks:
     """
     config = config or MatchConfig()
     side = maps.length
-    least = max(1, side // 8) if config.min_length is None else config.min_length
+    least = max(1, side // 4) if config.min_length is None else config.min_length
     causal = np.tril(np.ones((side, side), bool)) & (maps.count > 0)
     inside = np.zeros(maps.total.shape, bool)
     diagonals = np.zeros(maps.total.shape[:3], bool)

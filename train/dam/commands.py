@@ -78,7 +78,7 @@ def match(
         folder: Where dam capture wrote the maps.
         threshold: τ: amplified attention from here on is in the true mask.
         mu: μ: the share of a diagonal's or vertical's cells that must be in the true mask.
-        min_length: Cells that a pattern must have; the default is an eighth of the capture length.
+        min_length: Cells that a pattern must have; the default is a quarter of the capture length.
         amplifier: One of box_cox, average, sum, log1p, sqrt, min_max, arcsinh, z_score, yeo_johnson.
         length: The length for which the summary gives densities.
     """
@@ -151,7 +151,7 @@ def evaluate(
     output: Path | None = None,
     text_field: str = "text",
 ) -> int:
-    """Perplexity, KL from the dense model and top-1 agreement on held-out text, beside fixed masks of equal density.
+    """Perplexity, KL from the dense model and top-1 agreement on held-out text, beside rivals of the same density.
 
     Example: dmattn dam eval model.gguf dam/ --text held-out/ --lengths 1024 2048 --output eval.json
 
@@ -166,7 +166,8 @@ def evaluate(
         text_field: The field of JSONL and Parquet rows that holds the text.
     """
     from dmattn_jax.dam import load_masks
-    from train.dam.evaluate import compare, rivals, table
+    from train.dam.evaluate import compare, table
+    from train.dam.rivals import rivals
     from train.dam.text import read_documents, take_rows
     from train.run_files import open_model
 
@@ -180,7 +181,9 @@ def evaluate(
         documents = read_documents(text, opened.tokenizer, text_field)
         for length in lengths:
             taken = take_rows(documents, length, rows)
-            found += compare(opened.model, taken, rivals(masks, length, sinks), progress=sys.stderr.isatty())
+            found += compare(
+                opened.model, taken, rivals(opened.model, masks, length, sinks), progress=sys.stderr.isatty()
+            )
     print(table(found))
     if output is not None:
         _write(output, masks, found, opened.name, text, max(lengths))

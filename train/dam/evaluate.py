@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from dmattn_jax.dam import Masks, apply_masks, windows_and_sinks
 from dmattn_jax.models.decoder import CausalDecoder
+from train.dam.rivals import Rival
 
 POSITIONS = 64
 """Positions whose logits over the vocabulary exist together, of each of two models."""
@@ -36,35 +36,13 @@ class Comparison:
     density: float
 
 
-def rivals(masks: Masks, length: int, sinks: int) -> dict[str, Masks]:
-    """The masks, and fixed ones of the same density at that length: a sliding window, and one with `sinks` first
-    keys."""
-    layers, heads = masks.fallback.shape
-    density = float(masks.density(length).mean())
-    return {
-        "dam": masks,
-        "sliding_window": windows_and_sinks(layers, heads, _window(density, length, 0)),
-        "sink_and_window": windows_and_sinks(layers, heads, _window(density, length, sinks), sinks),
-    }
-
-
-def _window(density: float, length: int, sinks: int) -> int:
-    """The window whose density, with the sinks, is nearest."""
-    position = np.arange(length)
-    windows = np.arange(1, length + 1)
-    # Of the sinks those count that the window does not reach.
-    seen = np.minimum(position + 1, windows[:, None])
-    seen = seen + np.clip(position + 1 - windows[:, None], 0, sinks)
-    return int(windows[np.argmin(np.abs(seen.sum(1) / (length * (length + 1) / 2) - density))])
-
-
 def compare(
-    model: CausalDecoder, rows: Sequence[np.ndarray], masks: Mapping[str, Masks], *, progress: bool = False
+    model: CausalDecoder, rows: Sequence[np.ndarray], rivals: Mapping[str, Rival], *, progress: bool = False
 ) -> list[Comparison]:
-    """The dense model and each of `masks` on rows [length], one row at a time. Every token but the first is
+    """The dense model and each rival on rows [length], one row at a time. Every token but the first is
     predicted; at no time are there logits of more than POSITIONS positions."""
     length = len(rows[0])
-    dense, others = nnx.split(model), {name: nnx.split(apply_masks(model, mask)) for name, mask in masks.items()}
+    dense, others = nnx.split(model), {name: nnx.split(rival.model) for name, rival in rivals.items()}
     sums = {name: np.zeros(3) for name in ("dense", *others)}
     with tqdm(total=len(rows) * (1 + len(others)), desc=f"eval {length}", unit="row", disable=not progress) as bar:
         for row in rows:
@@ -77,7 +55,7 @@ def compare(
     out = []
     for name, (nats, kl, agree) in sums.items():
         count = len(rows) * (length - 1)
-        density = 1.0 if name == "dense" else float(masks[name].density(length).mean())
+        density = 1.0 if name == "dense" else rivals[name].density
         loss = nats / count
         perplexity = math.exp(loss) if loss < 700 else math.inf
         out.append(Comparison(name, length, len(rows), loss, perplexity, kl / count, agree / count, density))
