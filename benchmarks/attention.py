@@ -25,10 +25,9 @@ import numpy as np
 import tyro
 
 from dmattn_jax import dynamic_mask_attention, explain, select_keys
+from dmattn_jax.attention import choose_intervals
 from dmattn_jax.documents import document_bounds
-from dmattn_jax.layout import lay_out
 from dmattn_jax.oracle import attention_oracle
-from dmattn_jax.selection import choose_keys
 from pallas_kernels import IMPLEMENTATIONS, Implementation, Intervals
 from train.flops import visible_pairs
 
@@ -209,10 +208,7 @@ def prepare(implementation: Implementation, window: int, head_dim: int, gate: ja
     windows, documents = (window,) * kv_heads, document_bounds(None, batch, length)
     ranked = jnp.moveaxis(gate, 2, 1)
     blocks = implementation.block_sizes(length, length, window, head_dim)
-    if implementation.select is not None:
-        return implementation.select(ranked, windows, documents.start, documents.end, queries=length, blocks=blocks)
-    choice = choose_keys(ranked, windows, documents, causal=True)
-    return lay_out(choice, queries=length, window=window, blocks=blocks)
+    return choose_intervals(ranked, windows, documents, length, implementation, blocks)
 
 
 def main(options: Options) -> None:

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 
@@ -69,7 +69,7 @@ def sizes_for(options: Options) -> Any:
         return block_sizes(options.length, options.length, options.window, options.head_dim)
 
 
-Kernel = Literal["forward", "dquery", "dkey", "stream", "splash"]
+Kernel = Literal["selection", "forward", "dquery", "dkey", "stream", "splash"]
 # Names that kernels have in the dump, and how many 128 × 128 blocks each of their matrix loops handles, in the order of
 # the schedule: `tiles.walk` has a wide step, a masked pair and a masked single tile; splash has one step.
 # 1,024 query rows (four heads of 256 positions, as here) are 8 blocks high.
@@ -78,7 +78,12 @@ MATRIX_LOOPS: dict[str, tuple[tuple[str, int], ...]] = {
     "interval_attention_forward": (("whole", WIDE), ("masked pair", PAIR), ("masked single", SINGLE)),
     "interval_attention_dquery": (("whole", WIDE), ("masked pair", PAIR), ("masked single", SINGLE)),
     "interval_attention_dkey": (("carry", 0), ("whole", SINGLE), ("masked", SINGLE), ("read out", 0)),
-    "stream_rows": (("carry", 0), ("enter", 0)),
+    "stream_rows": (("carry pair", 0), ("carry", 0), ("enter pair", 0), ("enter", 0)),
+    "choose_keys": (
+        *(("close up", 0), ("row", 0), ("tile", 0), ("safe", 0), ("carried", 0), ("entered", 0), ("own", 0)),
+        *(("settle", 0), ("row", 0), ("let in", 0), ("row", 0)),
+    ),
+    "lifetimes": (("close up", 0), ("row", 0), ("ask", 0), ("spread", 0)),
     "splash_mqa_fwd": (("block", 64),),
     "splash_mqa_dkv": (("block", 64),),
     "splash_mqa_dq": (("block", 64),),
@@ -87,11 +92,11 @@ MATRIX_LOOPS: dict[str, tuple[tuple[str, int], ...]] = {
 
 def main(options: Options) -> None:
     schedules: dict[str, Any] = {}
-    for kernel in ("forward", "dquery", "dkey", "stream", "splash"):
+    for kernel in get_args(Kernel):
         schedules |= scheduled(kernel, options)
     print(f"{options.topology}, bundles for each 128 × 128 block of logits, head size {options.head_dim}")
     for name, loops in schedules.items():
-        for (label, blocks), loop in zip(MATRIX_LOOPS[name], matrix_loops(loops), strict=True):
+        for (label, blocks), loop in zip(MATRIX_LOOPS[name], long_loops(name, loops), strict=True):
             each = f"{loop.bundles / blocks:7.1f} a block" if blocks else f"{loop.bundles:7d} a tile "
             print(
                 f"  {name:28} {label:14} {each}  matrix unit {loop.matrix_share:4.0%}  "
@@ -167,8 +172,12 @@ def read_loops(bundles: str, utilization: str) -> list[Loop]:
     return [Loop(count, dict(zip(UNITS, sums, strict=True))) for count, sums in loops]
 
 
-def matrix_loops(loops: list[Loop]) -> list[Loop]:
-    return [loop for loop in loops if loop.slots["MXU"]]
+def long_loops(name: str, loops: list[Loop]) -> list[Loop]:
+    """Those that MATRIX_LOOPS names: the ones with products, but for the few bundles between loops in which a last one
+    may stand. Of the kernels that choose keys, whose time is not in products, all of some length with vector work."""
+    if name in ("choose_keys", "lifetimes"):
+        return [loop for loop in loops if loop.bundles > 40 and loop.slots["VALU"] > 20]
+    return [loop for loop in loops if loop.slots["MXU"] and loop.bundles > 16]
 
 
 def modelled(schedules: dict[str, list[Loop]], options: Options) -> dict[str, float | int]:
@@ -176,24 +185,40 @@ def modelled(schedules: dict[str, list[Loop]], options: Options) -> dict[str, fl
     visits = count_visits(options)
 
     def cost(name: str, steps: dict[str, int], calls: int, epochs: int = 0) -> int:
-        each = {
-            label: loop.bundles
-            for (label, _), loop in zip(MATRIX_LOOPS[name], matrix_loops(schedules[name]), strict=True)
-        }
-        rest = [loop.bundles for loop in schedules[name] if not loop.slots["MXU"]]
+        named = long_loops(name, schedules[name])
+        labels = [label for label, _ in MATRIX_LOOPS[name]]
+        total = sum(steps[label] * loop.bundles for label, loop in zip(labels, named, strict=True))
+        rest = [loop.bundles for loop in schedules[name] if loop not in named]
         # The key gradients' grid steps share an epoch: its long runs without products are its beginning and its end.
         once = sum(size for size in rest if epochs and size >= 100)
-        return sum(each[label] * count for label, count in steps.items()) + calls * (sum(rest) - once) + epochs * once
+        return total + calls * (sum(rest) - once) + epochs * once
 
     by_tile = {label: visits[label] for label in ("whole", "masked pair", "masked single")}
     forward = cost("interval_attention_forward", by_tile, visits["query tiles"])
     dquery = cost("interval_attention_dquery", by_tile, visits["query tiles"])
-    moves = {"carry": visits["moves"], "enter": visits["entries"]}
-    stream = cost("stream_rows", moves, visits["epochs"])
+
+    def cost_of_rows(name: str, steps: dict[str, int], innermost: int) -> int:
+        """Eight rows are one step. What stands before and after all named loops runs once a step; short runs between
+        them count as if all were innermost."""
+        loops, named = schedules[name], long_loops(name, schedules[name])
+        total = sum(steps[label] * loop.bundles for (label, _), loop in zip(MATRIX_LOOPS[name], named, strict=True))
+        places = [place for place, loop in enumerate(loops) if loop in named]
+        within = sum(loop.bundles for loop in loops[places[0] : places[-1]] if loop not in named)
+        edges = sum(loop.bundles for loop in [*loops[: places[0]], *loops[places[-1] + 1 :]])
+        return total + innermost * within + steps["close up"] * edges
+
+    def selection(prefix: str) -> list[int]:
+        counts = {label.removeprefix(prefix): count for label, count in visits.items() if label.startswith(prefix)}
+        inner = (("choose_keys", "tile"), ("lifetimes", "ask"))
+        return [cost_of_rows(name, counts, max(counts[tile], counts["row"])) for name, tile in inner]
+
+    choosing, returning = selection("select: ")
+    stream = cost("stream_rows", visits, visits["epochs"])
     slots = {"whole": visits["whole slots"], "masked": visits["masked slots"]}
     dkey = cost(
         "interval_attention_dkey",
-        slots | {"carry": visits["moves"], "read out": visits["entries"]},
+        slots
+        | {"carry": visits["carry"] + 2 * visits["carry pair"], "read out": visits["enter"] + 2 * visits["enter pair"]},
         visits["query tiles"],
         visits["epochs"],
     )
@@ -201,15 +226,18 @@ def modelled(schedules: dict[str, list[Loop]], options: Options) -> dict[str, fl
     causal = options.heads * blocks * (blocks + 1) // 2
 
     def splash(name: str) -> int:
-        (loop,) = matrix_loops(schedules[name])
+        (loop,) = long_loops(name, schedules[name])
         return round(causal * loop.bundles / 64)
 
     clock = CLOCK.get(options.topology.split(":")[0])
-    ours, theirs = forward + stream, splash("splash_mqa_fwd")
+    ours, theirs = choosing + returning + forward + stream, splash("splash_mqa_fwd")
     both = ours + stream + dquery + dkey
     dense = theirs + splash("splash_mqa_dkv") + splash("splash_mqa_dq")
     results: dict[str, float | int] = {
         **visits,
+        "selection bundles": choosing,
+        "lifetimes bundles": returning,
+        "selection and lifetimes bundles, rising gate": sum(selection("select, rising gate: ")),
         "forward bundles": forward,
         "stream bundles": stream,
         "dquery bundles": dquery,
@@ -277,17 +305,55 @@ def count_visits(options: Options) -> dict[str, int]:
         counts["whole slots"] += int((meets & whole).sum())
         counts["masked slots"] += int((meets & ~whole).sum())
 
-    def moved(slots, low, high):
+    def moved(label, slots, low, high):
         ranges = np.asarray(tile_ranges(slots, low, high))
-        return int(np.maximum(ranges[..., 1, :] - ranges[..., 0, :], 0).sum())
+        tiles = np.maximum(ranges[..., 1, :] - ranges[..., 0, :], 0)
+        return {f"{label} pair": int((tiles // 2).sum()), label: int((tiles % 2).sum())}
 
     own = lists.entry_slot.reshape(1, heads, epochs, sizes.epoch)
-    return counts | {
-        "query tiles": heads * length // sizes.block_q,
-        "epochs": heads * epochs,
-        "moves": moved(lists.next_slot, 0, lists.carried),
-        "entries": moved(own, lists.carried, capacity),
+    rising = np.broadcast_to(np.arange(length), gate.shape[1:])
+    chosen = {
+        f"{label}: {name}": count
+        for label, gates, listed in (
+            ("select", np.asarray(gate)[0], index[0]),
+            # Every key enters and is seen: the most there can be to compare.
+            ("select, rising gate", rising, np.zeros_like(index[0])),
+        )
+        for name, count in count_comparisons(gates, listed, lists.carried, options.window, sizes.epoch).items()
     }
+    carry = moved("carry", lists.next_slot, 0, lists.carried)
+    enter = moved("enter", own, lists.carried, capacity)
+    return chosen | counts | {"query tiles": heads * length // sizes.block_q, "epochs": heads * epochs} | carry | enter
+
+
+def count_comparisons(gate: Any, index: Any, carried: int, window: int, epoch: int) -> dict[str, int]:
+    """How often the loops of the two kernels run that choose keys: gate [K, N] without ties, index [K, E, C]."""
+    import numpy as np
+
+    from pallas_kernels.tpu.choosing import ROWS, compared_at_once
+    from pallas_kernels.tpu.config import LANES
+
+    heads, length = gate.shape
+    epochs, wide = length // epoch, compared_at_once(carried)
+    names = ("row", "tile", "safe", "carried", "entered", "ask")
+    counts = dict.fromkeys(names, 0)
+    for row, number in np.ndindex(heads, epochs):
+        first = number * epoch
+        until = gate[row, : first + 1]
+        least = np.partition(until, -window)[-window] if until.size >= window else -np.inf
+        count = int((gate[row, first : first + epoch] >= least).sum())
+        tiles = -(-count // LANES)
+        entered = np.minimum(count, LANES * np.arange(1, tiles + 1))
+        safe = int(np.clip((window - entered) // wide, 0, carried // wide).sum())
+        counts["row"] += 1
+        counts["tile"] += tiles
+        counts["safe"] += safe
+        counts["carried"] += tiles * (carried // wide) - safe
+        counts["entered"] += tiles * (tiles - 1) // 2
+        counts["ask"] += -(-int((index[row, number, carried:] < length).sum()) // LANES)
+    steps = -(-heads // ROWS) * epochs
+    of_all = dict.fromkeys(("close up", "settle", "spread"), steps)
+    return counts | {"own": counts["tile"], "let in": counts["tile"]} | of_all
 
 
 def compile_kernel(kernel: Kernel, **fields: Any) -> None:
@@ -310,6 +376,7 @@ def _ours(kernel: Kernel, options: Options) -> tuple[Callable[..., Any], tuple[A
     from pallas_kernels.tpu.backward_key import key_gradients
     from pallas_kernels.tpu.backward_query import query_gradient
     from pallas_kernels.tpu.forward import attend
+    from pallas_kernels.tpu.selection import select
     from pallas_kernels.tpu.stream import stream_rows
     from pallas_kernels.tpu.tiles import Rows
 
@@ -341,6 +408,13 @@ def _ours(kernel: Kernel, options: Options) -> tuple[Callable[..., Any], tuple[A
     def lists(slots):
         return EpochLists(jnp.zeros(slots.shape, jnp.int32), slots, slots, epoch, carried)
 
+    if kernel == "selection":
+
+        def choose(gate, start, end):
+            return select(gate, (options.window,) * kv_heads, start, end, queries=length, blocks=sizes)
+
+        bounds = shape((1, length), jnp.int32)
+        return choose, (shape((1, kv_heads, length), jnp.float32), bounds, bounds)
     if kernel == "forward":
         return lambda q, *r: attend(q, make(*r), **kw), (query, *rows)
     if kernel == "dquery":

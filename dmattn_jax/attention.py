@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dmattn_jax.dispatch import choose_implementation
-from dmattn_jax.documents import document_bounds
+from dmattn_jax.documents import Documents, document_bounds
 from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys, last_keys
 from dmattn_jax.validation import check_attention, check_segment_ids, check_window
-from pallas_kernels import Intervals, interval_attention
+from pallas_kernels import BlockSizes, Implementation, Intervals, interval_attention
 
 
 def dynamic_mask_attention(
@@ -60,14 +60,7 @@ def dynamic_mask_attention(
     ranked = jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1)
     if causal:
         blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3])
-        if backend.select is not None:
-            ranked = jnp.where(documents.token[:, None], ranked, -jnp.inf)
-            intervals = backend.select(
-                ranked, windows, documents.start, documents.end, queries=query.shape[1], blocks=blocks
-            )
-        else:
-            choice = choose_keys(ranked, windows, documents, causal=True)
-            intervals = lay_out(choice, queries=query.shape[1], window=max(windows), blocks=blocks)
+        intervals = choose_intervals(ranked, windows, documents, query.shape[1], backend, blocks)
         return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
     choice = choose_keys(ranked, windows, documents, causal=False)
     chosen = choice.expiry > jnp.arange(length, dtype=jnp.int32)
@@ -116,8 +109,13 @@ def sliding_window_attention(
     documents = document_bounds(segment_ids, batch, length)
     backend = choose_implementation(implementation, query.dtype, query.shape[3])
     blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3])
-    choice = last_keys(windows, documents)
-    intervals = lay_out(choice, queries=query.shape[1], window=max(windows), blocks=blocks)
+    if segment_ids is None and backend.select is not None:
+        # Every position is a key, so this is the choice among equal gates.
+        ranked = jnp.zeros((batch, kv_heads, length), jnp.float32)
+        intervals = choose_intervals(ranked, windows, documents, query.shape[1], backend, blocks)
+    else:
+        choice = last_keys(windows, documents)
+        intervals = lay_out(choice, queries=query.shape[1], window=max(windows), blocks=blocks)
     gate = jnp.zeros((batch, length, kv_heads), jnp.promote_types(query.dtype, jnp.float32))
     token = None if segment_ids is None else documents.token
     return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
@@ -147,6 +145,25 @@ def causal_attention(
         scale=scale,
         implementation=implementation,
     )
+
+
+def choose_intervals(
+    gate: Float[Array, "B K S"],
+    windows: tuple[int, ...],
+    documents: Documents,
+    queries: int,
+    backend: Implementation,
+    blocks: BlockSizes,
+) -> Intervals:
+    """Intervals of the causal choice by gates, by the implementation's own means where it has any."""
+    found = None
+    if backend.select is not None:
+        seen = jnp.where(documents.token[:, None], gate, -jnp.inf)
+        found = backend.select(seen, windows, documents.start, documents.end, queries=queries, blocks=blocks)
+    if found is None:
+        choice = choose_keys(gate, windows, documents, causal=True)
+        found = lay_out(choice, queries=queries, window=max(windows), blocks=blocks)
+    return found
 
 
 def _run(query, key, value, gate, intervals, token: Bool[Array, "B S"] | None, scale, backend, blocks=None):

@@ -29,16 +29,13 @@ def document_bounds(segment_ids: Int[Array, "B S"] | None, batch: int, length: i
         whole = jnp.zeros((batch, length), jnp.int32)
         return Documents(whole, whole + length, jnp.ones((batch, length), bool))
     token = segment_ids != 0
-    last = jax.lax.cummax(jnp.where(token, position, -1), axis=1)
-    # The id of the last token so far; 0 before the first.
-    current = jnp.where(last < 0, 0, jnp.take_along_axis(segment_ids, jnp.maximum(last, 0), axis=1))
+    # The id of the last token so far; 0 before the first. Scans, because a TPU gathers single numbers slowly.
+    current = jax.lax.associative_scan(lambda old, new: jnp.where(new == 0, old, new), segment_ids, axis=1)
     changes = jnp.concatenate([jnp.ones((batch, 1), bool), current[:, 1:] != current[:, :-1]], axis=1)
     start = jax.lax.cummax(jnp.where(changes, position, 0), axis=1)
-    next_start = jnp.concatenate(
-        [jnp.where(changes, position, length)[:, 1:], jnp.full((batch, 1), length, jnp.int32)], axis=1
-    )
-    stretch_end = jax.lax.cummin(next_start, axis=1, reverse=True)
-    end = jnp.take_along_axis(last, stretch_end - 1, axis=1) + 1
+    after_last = jax.lax.cummax(jnp.where(token, position + 1, 0), axis=1)
+    closes = jnp.concatenate([changes[:, 1:], jnp.ones((batch, 1), bool)], axis=1)
+    end = jax.lax.cummin(jnp.where(closes, after_last, length), axis=1, reverse=True)
     return Documents(start, end, token)
 
 

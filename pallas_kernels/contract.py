@@ -159,7 +159,7 @@ class Select(Protocol):
 
     gate: −inf at padding and wherever a key is never visible; NaN ranks above +inf, −0 ties with 0. start, end: the
     bounds of each position's document. Queries are the last of the positions. `lists` where they are shorter than the
-    row of keys.
+    row of keys, which is where max(windows) + blocks.epoch < S. None for shapes that it does not take.
     """
 
     def __call__(
@@ -171,7 +171,7 @@ class Select(Protocol):
         *,
         queries: int,
         blocks: BlockSizes,
-    ) -> Intervals: ...
+    ) -> Intervals | None: ...
 
 
 @dataclass(frozen=True)

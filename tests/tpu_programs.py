@@ -26,15 +26,15 @@ def topology_devices(name: str) -> list:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
 
 
-def report(name: str, compiled, **more) -> None:
+def report(topology: str, compiled, **more) -> None:
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     print(
         json.dumps(
             {
-                "topology": name,
+                "topology": topology,
                 "kernels": text.count(f'custom_call_target="{KERNELS}"'),
-                "scatters": text.count(" scatter("),
+                **{f"{name}s": text.count(f" {name}(") for name in ("scatter", "gather", "sort")},
                 "temporary": memory.temp_size_in_bytes,
                 "arguments": memory.argument_size_in_bytes,
                 **more,
@@ -45,12 +45,12 @@ def report(name: str, compiled, **more) -> None:
 
 
 def attention(name: str, length: int, *, dim: int = 128, dtype: str = "bfloat16", window: int = 1024) -> None:
-    """Forward and backward, 32 query heads and 8 kv heads, gates to gradients."""
+    """Forward and backward of packed documents, 32 query heads and 8 kv heads, gates to gradients."""
     device = topology_devices(name)[0]
 
-    def both(query, key, value, gate, cotangent):
+    def both(query, key, value, gate, ids, cotangent):
         def attend(*arrays):
-            return dynamic_mask_attention(*arrays, window=window, implementation="mosaic_tpu")
+            return dynamic_mask_attention(*arrays, window=window, segment_ids=ids, implementation="mosaic_tpu")
 
         out, pull = jax.vjp(attend, query, key, value, gate)
         return out, pull(cotangent)
@@ -58,9 +58,10 @@ def attention(name: str, length: int, *, dim: int = 128, dtype: str = "bfloat16"
     query = jax.ShapeDtypeStruct((1, length, 32, dim), dtype)
     key = jax.ShapeDtypeStruct((1, length, 8, dim), dtype)
     gate = jax.ShapeDtypeStruct((1, length, 8), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     sharding = jax.sharding.SingleDeviceSharding(device)
     with compiling_for(device.device_kind):
-        traced = jax.jit(both, in_shardings=sharding, out_shardings=sharding).trace(query, key, key, gate, query)
+        traced = jax.jit(both, in_shardings=sharding, out_shardings=sharding).trace(query, key, key, gate, ids, query)
     report(name, traced.lower().compile(), length=length, dim=dim, dtype=dtype)
 
 

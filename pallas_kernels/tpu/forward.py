@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode, list_bytes
-from pallas_kernels.tpu.tiles import NN, Rows, fold_lanes, logits, product, visible, walk
+from pallas_kernels.tpu.tiles import NN, Rows, fold_lanes, logits, product, row, visible, walk
 
 
 def attend(
@@ -65,9 +65,7 @@ def attend(
             out = acc[...] / _lanes(divisor, dim)
             out_ref[...] = out.reshape(group, block_q, dim).astype(out_ref.dtype)
             shift = jnp.where(largest[...] == -jnp.inf, 0.0, largest[...])
-            # Both in one array, so that columns turn into rows once.
-            both = jnp.where(lax.broadcasted_iota(jnp.int32, shift.shape, 1) == 0, shift, sums)
-            stats_ref[...] = both.T[0:2, :]
+            stats_ref[0:1], stats_ref[1:2] = row(shift), row(sums)
 
     of_rows = rows.specs(lambda b, k, t, c: (b, k, rows.met_by(t, c)))
     of_tile = pl.BlockSpec((None, None, group, block_q, dim), lambda b, k, t, c: (b, k, 0, t, 0))

@@ -78,16 +78,22 @@ def stream_rows(
             source = pl.ds(at, LANES)
             slots = slot_row[:, source]
 
-            def to(tile, _):
-                there = pl.multiple_of(tile * LANES, LANES)
-                hot = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) + there == slots
+            def to(tile, width):
+                there = pl.ds(pl.multiple_of(tile * LANES, LANES), width)
+                hot = lax.broadcasted_iota(jnp.int32, (width, LANES), 0) + tile * LANES == slots
                 for from_ref, out in zip(sources, outs, strict=True):
                     moved = product(hot.astype(dtype), from_ref[source, :], NN)
-                    out[pl.ds(there, LANES), :] += moved.astype(dtype)
+                    out[there, :] += moved.astype(dtype)
                 moved = product(source_planes[:, source], hot.astype(jnp.bfloat16), NT)
-                planes_out[:, pl.ds(there, LANES)] += moved.astype(jnp.bfloat16)
+                planes_out[:, there] += moved.astype(jnp.bfloat16)
 
-            lax.fori_loop(first, last, to, None)
+            # Survivors of one tile mostly go to two.
+            pairs = lax.div(last - first, 2)
+            lax.fori_loop(0, pairs, lambda pair, _: to(first + 2 * pair, 2 * LANES), None)
+
+            @pl.when(first + 2 * pairs < last)
+            def _last():
+                to(last - 1, LANES)
 
         @pl.when(epoch > 0)
         def _carry():

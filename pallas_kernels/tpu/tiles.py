@@ -107,6 +107,20 @@ def columns(row: Array) -> Array:
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
+def row(column: Float[Array, "n 128"]) -> Float[Array, "1 n"]:
+    """The inverse of `columns`; what stands in the lanes of a row is equal."""
+    turned = []
+    for at in range(0, column.shape[0], LANES * LANES):
+        packed = column[at : at + LANES]
+        tiles = range(1, min(LANES, (column.shape[0] - at) // LANES))
+        lane = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
+        for tile in tiles:
+            packed = jnp.where(lane == tile, column[at + tile * LANES : at + (tile + 1) * LANES], packed)
+        packed = packed.T
+        turned += [packed[tile : tile + 1] for tile in (0, *tiles)]
+    return jnp.concatenate(turned, axis=1)
+
+
 def logits(query: Float[Array, "R D"], key_ref, bias_ref, slots, scale: float) -> Float[Array, "R n"]:
     """Biased logits in base 2 of query rows and slots."""
     return product(query, key_ref[slots, :], NT) * (scale * LOG2E) + bias_ref[:, slots]
