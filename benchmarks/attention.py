@@ -9,7 +9,6 @@ of 8,192³, and `share of it` counts 4·D operations for every visible (query, k
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from pallas_kernels import IMPLEMENTATIONS, Implementation, Intervals
 from train.flops import visible_pairs
 
 sys.path.insert(0, str(Path(__file__).parent))
+import record
 import torch_peers
 
 PORTABLE_LENGTH = 8192
@@ -221,24 +221,8 @@ def main(options: Options) -> None:
     for length, window in zip(options.lengths, options.windows, strict=True):
         for gate in options.gates if length == options.gates_at else options.gates[:1]:
             rows += rows_of(options, length, window, gate, ceiling)
-            if options.output:
-                write(options, errors, ceiling, rows)
-
-
-def write(options: Options, errors: dict[str, float], ceiling: float, rows: list[Row]) -> None:
-    """All rows so far."""
-    assert options.output is not None
-    record = {
-        "command": sys.argv,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "options": {**asdict(options), "output": str(options.output)},
-        "errors": errors,
-        "matrix_product_flops": ceiling,
-        "rows": [asdict(row) for row in rows],
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+            more = {"errors": errors, "matrix_product_flops": ceiling}
+            record.write(options.output, options, [asdict(row) for row in rows], **more)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ of them after one token of prompt. The weights are random, and so are the gates:
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,9 @@ from dmattn_jax import explain
 from dmattn_jax.decoding import Rows, advance, empty_rows, read_chunk
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 from dmattn_jax.sampling import Sampling, row_sampling
+
+sys.path.insert(0, str(Path(__file__).parent))
+import record
 
 
 @dataclass(frozen=True)
@@ -184,26 +186,24 @@ def decode_many(graph, state, rows: Rows, sampling, steps: jax.Array) -> Rows:
     return jax.lax.fori_loop(0, steps, lambda _, rows: advance(graph, state, rows, sampling, active, 0)[0], rows)
 
 
+def written(row: Row) -> dict[str, Any]:
+    return asdict(row) | ({} if row.error else {"tokens_per_second": row.tokens_per_second})
+
+
 def main(options: Options) -> list[Row]:
     print(explain())
-    measured = []
+    measured: list[Row] = []
+
+    def keep(rows: list[Row]) -> None:
+        measured.extend(rows)
+        record.write(options.output, options, [written(row) for row in measured])
+
     for attention in options.attentions:
         bench = Bench(options, attention)
         for length in options.lengths:
-            measured += bench.read_and_decode(length)
-        measured += [bench.generate(length) for length in options.generated]
-    if options.output:
-        record = {
-            "command": sys.argv,
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "options": {**asdict(options), "output": str(options.output)},
-            "rows": [
-                asdict(row) | ({} if row.error else {"tokens_per_second": row.tokens_per_second}) for row in measured
-            ],
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+            keep(bench.read_and_decode(length))
+        for length in options.generated:
+            keep([bench.generate(length)])
     return measured
 
 

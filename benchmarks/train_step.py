@@ -9,7 +9,6 @@ model takes cuDNN where it runs. Gates start untied (A = 1/2), so that the mask 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -28,6 +27,9 @@ from train.flops import device_peak_flops, training_flops_per_token
 from train.optimizer import make_optimizer, make_schedule
 from train.parameters import make_skeleton
 from train.step import apply_gradients, loss_and_gradients, make_state
+
+sys.path.insert(0, str(Path(__file__).parent))
+import record
 
 
 @dataclass(frozen=True)
@@ -119,23 +121,8 @@ def main(options: Options) -> list[Row]:
                     f"{row.temporary_bytes / 2**30:6.1f} GiB {row.error or ''}",
                     flush=True,
                 )
-                if options.output:
-                    write(options, rows)
+                record.write(options.output, options, [dataclasses.asdict(row) for row in rows])
     return rows
-
-
-def write(options: Options, rows: list[Row]) -> None:
-    """All rows so far."""
-    assert options.output is not None
-    record = {
-        "command": sys.argv,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "options": {**dataclasses.asdict(options), "output": str(options.output)},
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ RESULT = "result.json"
 
 def origin() -> dict[str, Any]:
     """The device and the versions that numbers were measured with."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "versions": {
-            "dmattn-jax": version("dmattn-jax"), "jax": jax.__version__, "python": platform.python_version(),
-        },
-    }  # fmt: skip
+    try:
+        own = version("dmattn-jax")
+    except PackageNotFoundError:
+        own = "a source tree, not installed"
+    versions = {"dmattn-jax": own, "jax": jax.__version__, "python": platform.python_version()}
+    return {"device": jax.devices()[0].device_kind, "versions": versions}
 
 
 def write_json(path: Path, content: Any) -> None:
