@@ -10,7 +10,6 @@ of 8,192³, and `share of it` counts 4·D operations for every visible (query, k
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,16 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks import record, torch_peers
 from dmattn_jax import dynamic_mask_attention, explain, select_keys
 from dmattn_jax.attention import choose_intervals
 from dmattn_jax.documents import document_bounds
 from dmattn_jax.oracle import attention_oracle
 from pallas_kernels import IMPLEMENTATIONS, Implementation, Intervals
 from train.flops import visible_pairs
-
-sys.path.insert(0, str(Path(__file__).parent))
-import record
-import torch_peers
 
 PORTABLE_LENGTH = 8192
 """Where a faster implementation runs, the portable one is measured up to here only."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,13 +24,11 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from benchmarks import record
 from dmattn_jax import explain
 from dmattn_jax.decoding import Rows, advance, empty_rows, read_chunk
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 from dmattn_jax.sampling import Sampling, row_sampling
-
-sys.path.insert(0, str(Path(__file__).parent))
-import record
 
 
 @dataclass(frozen=True)

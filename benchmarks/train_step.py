@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import tyro
 
+from benchmarks import record
 from configs import PRESETS
 from dmattn_jax import explain
 from dmattn_jax.models.config import AttentionKind, DogeConfig
@@ -27,9 +27,6 @@ from train.flops import device_peak_flops, training_flops_per_token
 from train.optimizer import make_optimizer, make_schedule
 from train.parameters import make_skeleton
 from train.step import apply_gradients, loss_and_gradients, make_state
-
-sys.path.insert(0, str(Path(__file__).parent))
-import record
 
 
 @dataclass(frozen=True)

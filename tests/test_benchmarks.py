@@ -1,26 +1,18 @@
 """The benchmarks run at any size, and write down what they measured."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-
-def load(name: str):
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up here
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from train import cli
 
 
 @pytest.fixture(scope="module")
 def generation():
-    return load("generation")
+    from benchmarks import generation
+
+    return generation
 
 
 def small(generation, output: Path, **changes):
@@ -88,9 +80,9 @@ def test_running_out_of_memory_is_a_result_and_other_errors_are_not(generation):
 def test_train_step_benchmark(monkeypatch, tmp_path):
     from dataclasses import replace
 
+    from benchmarks import train_step as bench
     from configs import PRESETS
 
-    bench = load("train_step")
     tiny = replace(
         PRESETS["doge-20m"].model, vocab_size=61, hidden_size=16, intermediate_size=16, num_layers=1, window=5
     )
@@ -101,3 +93,10 @@ def test_train_step_benchmark(monkeypatch, tmp_path):
     assert [(row.attention, row.sequences, len(row.seconds)) for row in rows] == [("dma", 2, 2), ("mha", 2, 2)]
     assert all(row.tokens_per_second > 0 and 0 < row.loss < 10 for row in rows)
     assert len(json.loads(output.read_text())["rows"]) == 2
+
+
+def test_the_command_finds_benchmarks(capsys):
+    assert cli.main(["bench"]) == 0
+    assert "train_step" in capsys.readouterr().out
+    assert cli.main(["bench", "atention"]) == 2
+    assert "did you mean attention" in capsys.readouterr().err

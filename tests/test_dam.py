@@ -279,6 +279,11 @@ def test_bad_input_is_named(model, maps):
         capture(model, [[1]], length=4)
     with pytest.raises(DamError, match=r"threshold 9\.0 empties every head: the largest amplified value is"):
         match(maps, MatchConfig(threshold=9.0))
+    # Rows of at most seven tokens leave cells of the map that nobody counted.
+    counted = np.zeros_like(maps.count)
+    counted[:7, :7] = 1
+    with pytest.raises(DamError, match="no calibration text has the capture length of 11 tokens, the longest has 7"):
+        match(dataclasses.replace(maps, count=counted))
     for changed, message in (
         ({"match": 0.0}, r"match must be in \(0, 1\], got 0.0"),
         ({"threshold": float("nan")}, "threshold must be finite, got nan"),

@@ -261,6 +261,32 @@ def _dam(args: Sequence[str]) -> int:
     return _parse(commands[args[0]], f"dmattn dam {args[0]}", args[1:])
 
 
+BENCHMARKS = {
+    "attention": "time and memory of attention against cuDNN and PyTorch",
+    "generation": "tokens per second and memory at long contexts",
+    "train_step": "whole training steps against dense attention",
+}
+
+
+def _bench(args: Sequence[str]) -> int:
+    """The scripts of benchmarks/, by name; each explains its own options."""
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: dmattn bench NAME ...\n\nMeasure this machine.\n")
+        print("\n".join(f"  {name:10}  {what}" for name, what in BENCHMARKS.items()))
+        print("\ndmattn bench NAME --help explains its options.")
+        return 0
+    if args[0] not in BENCHMARKS:
+        raise UserError(
+            f"unknown benchmark {args[0]!r}{_closest(args[0], BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}"
+        )
+    import importlib
+
+    script = importlib.import_module(f"benchmarks.{args[0]}")
+    options = tyro.cli(script.Options, prog=f"dmattn bench {args[0]}", description=script.__doc__, args=list(args[1:]))
+    script.main(options)
+    return 0
+
+
 def _export(args: Sequence[str]) -> int:
     from train.export import export
 
@@ -297,6 +323,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "chat": ("talk with a trained model", lambda a: _parse(inference.chat, "dmattn chat", a)),
     "serve": ("answer OpenAI's API over HTTP", lambda a: _parse(inference.serve, "dmattn serve", a)),
     "eval": ("loss on any text, or lm_eval's tasks", lambda a: _parse(inference.evaluate, "dmattn eval", a)),
+    "bench": ("measure this machine: attention, generation, training steps", _bench),
     "dam": ("masks for a frozen dense model: capture, match, apply, eval, plot", _dam),
     "export": ("write a trained model as a Hugging Face folder", _export),
     "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),

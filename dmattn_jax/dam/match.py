@@ -41,12 +41,19 @@ class MatchConfig:
 def match(maps: Maps, config: MatchConfig | None = None) -> Masks:
     """Steps 2 to 5 of arXiv 2506.11104: amplify, cut at τ, score every diagonal and vertical, extend what matched.
 
-    Raises: DamError where the threshold empties every head.
+    Raises: DamError where the threshold empties every head, or no calibration text reaches the capture length: cells
+      that were never counted would count as not attended to.
     """
     config = config or MatchConfig()
     side = maps.length
+    if not maps.count.all():
+        longest = int(np.count_nonzero(np.diagonal(maps.count)))
+        raise DamError(
+            f"no calibration text has the capture length of {side} tokens, the longest has {longest}: capture longer "
+            "text, or with a length of at most that"
+        )
     least = max(1, side // 4) if config.min_length is None else config.min_length
-    causal = np.tril(np.ones((side, side), bool)) & (maps.count > 0)
+    causal = np.tril(np.ones((side, side), bool))
     inside = np.zeros(maps.total.shape, bool)
     diagonals = np.zeros(maps.total.shape[:3], bool)
     verticals = np.zeros(maps.total.shape[:3], bool)
