@@ -16,31 +16,23 @@ Each step writes as many numbers as there are keys, so the work is N log N and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.contract import BlockSizes, EpochLists, Intervals
+from pallas_kernels.contract import BlockSizes, Intervals
 from pallas_kernels.gpu.gathers import gathered
+from pallas_kernels.gpu.lists import epoch_lists
 from pallas_kernels.gpu.ranked import (
     NOTHING,
     TAKEN,
     List,
     Ranked,
     bits_of,
-    last_not_above,
     merged,
     nth_set_bit,
-    place_of,
-    set_bits,
 )
+from pallas_kernels.gpu.tree import INTEGERS, LEAF, Tree, split
 from pallas_kernels.order import sortable
-
-LEAF = 32
-"""Keys of a leaf: the bits of a word."""
-INTEGERS = (jnp.int32,)
 
 
 def select(
@@ -66,7 +58,7 @@ def select(
     # Epochs count from the first query; keys before it fill whole epochs of their own.
     front = -(length - queries) % size if listed else 0
     padded = -(-(front + length) // size) * size
-    tree = _Tree(batch, heads, padded, size, tuple(min(window, length) for window in windows))
+    tree = Tree(batch, heads, padded, size, tuple(min(window, length) for window in windows))
 
     def pad(array, fill):
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(front, padded - front - length)], constant_values=fill)
@@ -85,7 +77,7 @@ def select(
     expiry = jnp.where(hidden, position, jnp.maximum(expiry, position))
     lists = None
     if listed:
-        lists = _lists(tree, order, prefixes, expiry, length=length, queries=queries, front=front, blocks=blocks)
+        lists = epoch_lists(tree, order, prefixes, expiry, length=length, queries=queries, front=front, blocks=blocks)
     return Intervals(starts, expiry, lists)
 
 
@@ -94,8 +86,8 @@ def _orders(gate: Float[Array, "B K S"], front: int, padded: int) -> Int32[Array
     batch, heads, length = gate.shape
 
     def body(reads, n):
-        row, place = _split(n, padded)
-        item, head = _split(row, heads)
+        row, place = split(n, padded)
+        item, head = split(row, heads)
         at = place - front
         inside = (at >= 0) & (at < length)
         value = reads[0]((item * length + jnp.clip(at, 0, length - 1)) * heads + head)
@@ -105,28 +97,7 @@ def _orders(gate: Float[Array, "B K S"], front: int, padded: int) -> Int32[Array
     return gathered(body, (jnp.moveaxis(gate, 1, 2),), batch * heads * padded, INTEGERS)[0].reshape(-1, padded)
 
 
-class _Tree:
-    """The shape of the work: `rows` = batch · heads rows of `padded` keys in epochs of `size`; windows per row."""
-
-    def __init__(self, batch: int, heads: int, padded: int, size: int, windows: tuple[int, ...]):
-        self.rows, self.padded, self.size = batch * heads, padded, size
-        self.capacity = max(windows)
-        self.windows = jnp.tile(jnp.asarray(windows, jnp.int32), batch)[:, None, None]
-
-    def blocks(self, array: Int32[Array, "R P"], size: int) -> Int32[Array, "R n c"]:
-        return array.reshape(self.rows, self.padded // size, size)
-
-    def first(self, size: int) -> Int32[Array, " n"]:
-        """Where blocks begin."""
-        return jnp.arange(self.padded // size, dtype=jnp.int32) * size
-
-    def lists(self, count: int, size: int, parts: Sequence[Int32[Array, " n"]]) -> Ranked:
-        """Orders and positions, flat, as `count` lists a row."""
-        order, position = (part.reshape(self.rows, count, size) for part in parts)
-        return Ranked(order, position)
-
-
-def _sort_blocks(tree: _Tree, order: Int32[Array, "R P"], begins: Int32[Array, "R P"]) -> dict[int, Ranked]:
+def _sort_blocks(tree: Tree, order: Int32[Array, "R P"], begins: Int32[Array, "R P"]) -> dict[int, Ranked]:
     """Keys of each block's last document, sorted, for every block length from a leaf's to an epoch's."""
     leaf, begin = tree.blocks(order, LEAF), tree.blocks(begins, LEAF)
     leaf = jnp.where(begin == begin[..., -1:], leaf, NOTHING)
@@ -153,16 +124,16 @@ def _above(leaf: Int32[Array, "R n 32"]) -> Bool[Array, "R n 32 32"]:
     return (other > one) | ((other == one) & (within > within[:, None]))
 
 
-def _merge_pairs(tree: _Tree, lists: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
+def _merge_pairs(tree: Tree, lists: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
     """Neighbouring blocks as one; of the first only what still counts at the end of the second."""
     half, size = lists.size, 2 * lists.size
     count = tree.padded // size
 
     def body(reads, n):
         order, position, begin = reads
-        block, rank = _split(n, size)
+        block, rank = split(n, size)
         first = block * size
-        continues = begin(first + size - 1) < _split(block, count)[1] * size + half
+        continues = begin(first + size - 1) < split(block, count)[1] * size + half
         earlier = List(lambda at: jnp.where(continues, order(first + at), NOTHING), half)
         found, leads, one, other = merged(earlier, List(lambda at: order(first + half + at), half), rank)
         return found, position(first + jnp.where(leads, one, half + other))
@@ -170,7 +141,7 @@ def _merge_pairs(tree: _Tree, lists: Ranked, begins: Int32[Array, "R P"]) -> Ran
     return tree.lists(count, size, gathered(body, (*lists, begins), tree.rows * tree.padded, INTEGERS * 2))
 
 
-def _prefixes(tree: _Tree, epochs: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
+def _prefixes(tree: Tree, epochs: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
     """The top keys of the prefix up to the end of each epoch, of the document that is open there."""
     count = tree.padded // tree.size
     lists = Ranked(*(array[..., : tree.capacity] for array in epochs))
@@ -185,15 +156,15 @@ def _prefixes(tree: _Tree, epochs: Ranked, begins: Int32[Array, "R P"]) -> Ranke
     return lists
 
 
-def _merge_distant(tree: _Tree, lists: Ranked, begins: Int32[Array, "R P"], step: int) -> Ranked:
+def _merge_distant(tree: Tree, lists: Ranked, begins: Int32[Array, "R P"], step: int) -> Ranked:
     """Each epoch's list with the one `step` before it, which holds what came still earlier."""
     held, count = lists.size, tree.padded // tree.size
     size = min(2 * held, tree.capacity)
 
     def body(reads, n):
         order, position, begin = reads
-        block, rank = _split(n, size)
-        _, epoch = _split(block, count)
+        block, rank = split(n, size)
+        _, epoch = split(block, count)
         continues = (epoch >= step) & (begin((block + 1) * tree.size - 1) < (epoch - step + 1) * tree.size)
         first, second = jnp.maximum(block - step, 0) * held, block * held
         earlier = List(lambda at: jnp.where(continues, order(first + at), NOTHING), held)
@@ -203,14 +174,14 @@ def _merge_distant(tree: _Tree, lists: Ranked, begins: Int32[Array, "R P"], step
     return tree.lists(count, size, gathered(body, (*lists, begins), tree.rows * count * size, INTEGERS * 2))
 
 
-def _lowest(tree: _Tree, sorted_blocks: dict[int, Ranked], prefixes: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
+def _lowest(tree: Tree, sorted_blocks: dict[int, Ranked], prefixes: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
     """For every leaf, the LEAF lowest places of the window before it."""
     size, count = tree.size, tree.padded // tree.size
 
     def body(reads, n):
         order, position, windows = reads
-        block, place = _split(n, size)
-        row, epoch = _split(block, count)
+        block, place = split(n, size)
+        row, epoch = split(block, count)
         in_prefix = windows(row) - size + place
         at = jnp.maximum(block - 1, 0) * tree.capacity + jnp.maximum(in_prefix, 0)
         held = jnp.where(epoch > 0, order(at), NOTHING)
@@ -224,15 +195,15 @@ def _lowest(tree: _Tree, sorted_blocks: dict[int, Ranked], prefixes: Ranked, beg
     return lowest
 
 
-def _halve(tree: _Tree, lowest: Ranked, entering: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
+def _halve(tree: Tree, lowest: Ranked, entering: Ranked, begins: Int32[Array, "R P"]) -> Ranked:
     """From the lowest places before each block to those before each of its halves."""
     size, half = lowest.size, entering.size
     count = tree.padded // half
 
     def body(reads, n):
         order, position, entered, entered_position, begin, windows = reads
-        block, rank = _split(n, half)
-        row, number = _split(block, count)
+        block, rank = split(n, half)
+        row, number = split(block, count)
         early = (block & 1) == 0
         first, second = (block >> 1) * size, jnp.maximum(block - 1, 0) * half
         # Whether the window before the block still counts when its second half begins.
@@ -252,7 +223,7 @@ def _halve(tree: _Tree, lowest: Ranked, entering: Ranked, begins: Int32[Array, "
     return tree.lists(count, half, gathered(body, operands, tree.rows * tree.padded, INTEGERS * 2))
 
 
-def _leave(tree: _Tree, order: Int32[Array, "R P"], lowest: Ranked, begins: Int32[Array, "R P"]) -> Int32[Array, "R P"]:
+def _leave(tree: Tree, order: Int32[Array, "R P"], lowest: Ranked, begins: Int32[Array, "R P"]) -> Int32[Array, "R P"]:
     """When each key leaves the window: its own position if it never enters, P if it never leaves."""
     leaf, begin, first = tree.blocks(order, LEAF), tree.blocks(begins, LEAF), tree.first(LEAF)[:, None]
     within = jnp.arange(LEAF, dtype=jnp.int32)
@@ -276,94 +247,3 @@ def _leave(tree: _Tree, order: Int32[Array, "R P"], lowest: Ranked, begins: Int3
     target = jnp.where(real, row + lowest.position, nowhere)
     entered = entered.at[target.reshape(-1)].set((first + leaves).reshape(-1), mode="drop", unique_indices=True)
     return entered.reshape(tree.rows, tree.padded)
-
-
-def _lists(
-    tree: _Tree,
-    order: Int32[Array, "R P"],
-    prefixes: Ranked,
-    expiry: Int32[Array, "B K S"],
-    *,
-    length: int,
-    queries: int,
-    front: int,
-    blocks: BlockSizes,
-) -> EpochLists:
-    """`contract.EpochLists`: prefixes are the carried keys in order, and each key's place in one is searched for."""
-    size, window = tree.size, tree.capacity
-    epochs = -(-queries // size)
-    history = tree.padded // size - epochs
-    room = -(-window // blocks.granule) * blocks.granule
-    capacity = -(-(room + size) // blocks.granule) * blocks.granule
-    leaves = size // LEAF
-    ends = jnp.pad(expiry + front, [(0, 0), (0, 0), (front, tree.padded - front - length)]).reshape(tree.rows, -1)
-    # Who enters: a bit a key, and how many enter in an epoch before each leaf.
-    entering = ends > jnp.arange(tree.padded, dtype=jnp.int32)
-    words = bits_of(tree.blocks(entering, LEAF)[:, history * leaves :]).reshape(tree.rows, epochs, leaves)
-    number = jnp.arange(leaves, dtype=jnp.int32)
-    before = jnp.sum(jnp.where(number < number[:, None], set_bits(words)[..., None, :], 0), axis=-1, dtype=jnp.int32)
-
-    def held(reads, n):
-        """Who has a slot: its position, −1 if nobody."""
-        order, position, end, counts, word, windows = reads
-        block, slot = _split(n, capacity)
-        row, epoch = _split(block, epochs)
-        begin = (history + epoch) * size
-        # Carried: the prefix before the epoch, in order, but for who leaves at once.
-        at = (row * (history + epochs) + history + epoch - 1) * window + jnp.minimum(slot, window - 1)
-        at = jnp.maximum(at, 0)
-        there = (slot < windows(row)) & (begin > 0) & (order(at) != NOTHING)
-        carried = jnp.where(there, position(at), 0)
-        carried = jnp.where(there & (end(row * tree.padded + carried) > begin), carried, -1)
-        # Entering: the set bits of the epoch's words.
-        which = slot - room
-        leaf = last_not_above(which, lambda at: counts(block * leaves + at), leaves)
-        bit = nth_set_bit(word(block * leaves + leaf), which + 1 - counts(block * leaves + leaf))
-        enters = jnp.where(bit < LEAF, begin + leaf * LEAF + bit, -1)
-        return (jnp.where(slot < room, carried, enters),)
-
-    def follows(reads, n):
-        """The slot of the same key in the next epoch."""
-        order, position, end, keys, index = reads
-        block, _ = _split(n, capacity)
-        row, epoch = _split(block, epochs)
-        own = index(n)
-        at = row * tree.padded + jnp.maximum(own, 0)
-        lives_on = (own >= 0) & (epoch < epochs - 1) & (end(at) > (history + epoch + 1) * size)
-        first = (row * (history + epochs) + history + epoch) * window
-        place = place_of(keys(at), own, lambda i: order(first + i), lambda i: position(first + i), window)
-        return (jnp.where(lives_on, place, capacity),)
-
-    def enters_at(reads, n):
-        """The slot of a key in its first list."""
-        order, position, end, keys, counts, word = reads
-        row, own = _split(n, tree.padded)
-        leaf, bit = _split(jnp.maximum(own - history * size, 0), LEAF)
-        at = row * (epochs * leaves) + leaf
-        slot = room + counts(at) + set_bits(word(at) & ((jnp.int32(1) << bit) - 1))
-        slot = jnp.where(end(n) > own, slot, capacity)
-        if not history:
-            return (slot,)
-        first = (row * (history + epochs) + history - 1) * window
-        place = place_of(keys(n), own, lambda i: order(first + i), lambda i: position(first + i), window)
-        past = jnp.where(end(n) > history * size, place, capacity)
-        return (jnp.where(own < history * size, past, slot),)
-
-    slots = tree.rows * epochs * capacity
-    (index,) = gathered(held, (*prefixes, ends, before, words, tree.windows), slots, INTEGERS)
-    (next_slot,) = gathered(follows, (*prefixes, ends, order, index), slots, INTEGERS)
-    (entry,) = gathered(enters_at, (*prefixes, ends, order, before, words), tree.rows * tree.padded, INTEGERS)
-    lead = expiry.shape[:2]
-    return EpochLists(
-        index=jnp.where(index < 0, length, index - front).reshape(*lead, epochs, capacity),
-        next_slot=next_slot.reshape(*lead, epochs, capacity),
-        entry_slot=entry.reshape(*lead, tree.padded)[..., front : front + length],
-        epoch_size=size,
-        carried=room,
-    )
-
-
-def _split(n: Int32[Array, " n"], size: int) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
-    """Quotient and rest of numbers that are not negative."""
-    divisor = jnp.int32(size)
-    return jax.lax.div(n, divisor), jax.lax.rem(n, divisor)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import EpochLists, Intervals
 from pallas_kernels.gpu.config import HopperBlockSizes
 from pallas_kernels.gpu.gathers import gathered
+from pallas_kernels.gpu.tree import split
 
 LOG2E = math.log2(math.e)
 
@@ -91,9 +91,10 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
     def place(reads, n):
         """Of each slot: its bias, interval and row, as read from the arrays of keys."""
         index, biases, starts, ends = reads
-        line, slot = lax.div(n, jnp.int32(count)), lax.rem(n, jnp.int32(count))
-        item, head = lax.div(line, jnp.int32(kv_heads)), lax.rem(line, jnp.int32(kv_heads))
-        first = length - queries + lax.div(slot, jnp.int32(capacity)) * size
+        line, slot = split(n, count)
+        item, head = split(line, kv_heads)
+        epoch, _ = split(slot, capacity)
+        first = length - queries + epoch * size
         own = index(n)
         filled, own = own < length, jnp.minimum(own, length - 1)
         row = (item * length + own) * kv_heads + head
