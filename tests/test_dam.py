@@ -196,6 +196,7 @@ def test_a_masked_model_decodes_what_it_computes_whole(masked, model):
         np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_masked_model_generates_and_scores(masked):
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7], [9, 2]]
     out = generate(masked, prompts, max_new_tokens=5, prefill_chunk=4)

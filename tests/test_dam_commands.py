@@ -56,6 +56,7 @@ def home(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_eval_compares_masks_of_equal_density(home):
     output = home / "eval.json"
     args = ("--text", home / "held-out", "--lengths", 41, "--rows", 2, "--sinks", 2, "--output", output)

@@ -116,6 +116,7 @@ def test_model_is_causal_and_learns():
     assert int(state.bad_steps) == 0
 
 
+@pytest.mark.slow
 def test_gate_measures_by_counting():
     config = resolve(dataclasses.replace(TINY, attention="dma", num_layers=2))
     model = RecallModel(config, rngs=nnx.Rngs(4))

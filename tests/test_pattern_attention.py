@@ -172,7 +172,9 @@ def _step(query, key, value, token, cache, patterns):
     return pattern_attention(query, keys, values, patterns, own, places, kept, scale=DIM**-0.5), after
 
 
-@pytest.mark.parametrize("chunks", [(LENGTH,), (1,) * 30 + (31,), (40, *(1,) * 21), (5, 19, 1, 30, 6)])
+@pytest.mark.parametrize(
+    "chunks", [(LENGTH,), (1,) * 30 + (31,), (40, *(1,) * 21), pytest.param((5, 19, 1, 30, 6), marks=pytest.mark.slow)]
+)
 def test_any_split_is_the_whole(chunks):
     masks = make_patterns()
     patterns = packed(*masks)
