@@ -77,6 +77,7 @@ def test_running_out_of_memory_is_a_result_and_other_errors_are_not(generation):
         bench.measured("prefill", 5, fail("INTERNAL: broken"))
 
 
+@pytest.mark.slow
 def test_train_step_benchmark(monkeypatch, tmp_path):
     from dataclasses import replace
 

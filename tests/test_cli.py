@@ -171,6 +171,7 @@ def test_generate_from_one_checkpoint(capsys, trained):
     assert "checkpoints/2" in refused(capsys, "generate", str(trained / "checkpoints" / "2"), "--prompt", "abc")
 
 
+@pytest.mark.slow
 def test_one_prompt_streams_what_several_print(capsys, trained):
     options = ["--tokens", "9", "--temperature", "0", "--stop", "zq"]
     assert cli.main(["generate", str(trained), "--prompt", "abc", *options]) == 0

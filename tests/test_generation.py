@@ -65,7 +65,8 @@ def test_greedy_is_the_argmax_of_the_whole_forward(attention, experts):
             assert here[token] > here.max() - 1e-4 * np.abs(here).max()
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_first_row_is_the_same_alone_and_in_a_batch(temperature):
     options = {"max_new_tokens": 11, "temperature": temperature, "seed": 4}
     prompts = [*PROMPTS[:2], LONG]
@@ -135,7 +136,7 @@ def test_chunked_prompts_compile_once_whatever_their_lengths():
     assert decoding.read_chunk._cache_size() == before
 
 
-@pytest.mark.parametrize(("attention", "chunks"), [("dma", (1, 7)), ("mha", (7,))])
+@pytest.mark.parametrize(("attention", "chunks"), [("dma", (1, 7)), pytest.param("mha", (7,), marks=pytest.mark.slow)])
 def test_prefill_in_chunks_is_the_whole_prefill(attention, chunks):
     model = make(attention)
     graph, state = nnx.split(model)

@@ -130,6 +130,7 @@ def test_local_tasks(tasks, offline):
 
 
 @harness
+@pytest.mark.slow
 def test_generation_options():
     from lm_eval.api.instance import Instance
 

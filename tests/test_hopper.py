@@ -92,7 +92,7 @@ def test_bits():
     np.testing.assert_array_equal(set_bits(jnp.asarray(words)), [(word % 2**32).bit_count() for word in words.tolist()])
 
 
-@pytest.mark.parametrize("queries", [397, 211])
+@pytest.mark.parametrize("queries", [pytest.param(397, marks=pytest.mark.slow), 211])
 def test_rows_and_their_sums(queries):
     """Gathering rows and summing their gradients are each other's transposes, against loops over the lists."""
     length, dim, epoch, windows = 397, 13, 128, (67, 5, 33)

@@ -36,7 +36,12 @@ ATTENTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+QUICK = ("dynamic mask, packed", "dense causal")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTIONS]
+)
 def test_forward_and_backward_are_linear(name):
     """At 65,536 tokens everything together is under 24 arrays of [N, 64] float32, the inputs and gradients included
     (14 of them), and grows as N does."""

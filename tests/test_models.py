@@ -189,6 +189,7 @@ def check_visible(model, ids, states) -> None:
                 assert sorted(position[position >= 0]) == np.flatnonzero(visible[b, k, i - 1]).tolist()
 
 
+@pytest.mark.slow
 def test_gates_of_all_layers_and_their_masks():
     model, ids = make(), tokens()
     gates = nnx.jit(DogeForCausalLM.gates)(model, ids)
@@ -250,6 +251,7 @@ def test_loss_never_holds_all_logits():
     assert temporary(4 * length) > logits, "or the measure shows nothing"
 
 
+@pytest.mark.slow
 def test_no_target_gives_loss_zero_and_no_gradient():
     model, ids = make(), tokens()
     targets = jnp.full((B, T), -1)
@@ -316,6 +318,7 @@ def test_bfloat16_model_has_float32_parameters_logits_and_loss():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss_and_move_the_gates():
     model, ids = DogeForCausalLM(SMALL, rngs=nnx.Rngs(0)), tokens()
     step = nnx.jit(nnx.value_and_grad(lambda m: m.loss(ids, jnp.roll(ids, -1, 1)).loss))

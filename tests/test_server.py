@@ -115,6 +115,7 @@ def test_completions(client):
     assert client.completions.create(model=NAME, prompt="", temperature=0, max_tokens=3).choices[0].text
 
 
+@pytest.mark.slow
 def test_several_prompts_and_choices_have_a_seed(client):
     options = {"temperature": 1.2, "top_p": 0.9, "seed": 5}
     answer = client.completions.create(model=NAME, prompt=["one", "other"], n=2, **options)
