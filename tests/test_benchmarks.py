@@ -38,6 +38,7 @@ def small(generation, output: Path, **changes):
     )
 
 
+@pytest.mark.slow
 def test_generation_benchmark(generation, tmp_path):
     output = tmp_path / "out" / "generation.json"
     rows = generation.main(small(generation, output))

@@ -324,6 +324,7 @@ def test_explain_names_the_device(capsys):
     assert "cpu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plan_for_a_mesh_larger_than_this_machine(tmp_path):
     config = small_config(tmp_path, mesh=MeshConfig(data=1, fsdp=2, tensor=2), batch_size=6)
     plan = plan_memory(config)

@@ -417,6 +417,7 @@ def test_layer_runs_in_jit_grad_scan_and_remat(kind):
         np.testing.assert_allclose(leaf[...], parts, rtol=2e-4, atol=2e-4 * np.abs(parts).max(), err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_layer_runs_inside_linen():
     class Linen(flax.linen.Module):
         @flax.linen.compact
