@@ -5,9 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.contract import BlockSizes, Implementation, Intervals
+
+RESIDUALS = "attention residuals"
+"""The name of what the backward pass needs and is dear to compute again, for policies of `jax.checkpoint`."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -27,6 +32,10 @@ def interval_attention(
 
 def _forward(query, key, value, bias, intervals, implementation, scale, blocks):
     out, normalizer = implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)
+    # Rows that see nothing are 0 already. But what a scan over layers stacks must not come from the kernel itself, or
+    # XLA runs the kernel twice: once into the stack, and once for whoever else reads the output.
+    out = jnp.where(normalizer.total[..., None] == 0, 0, out)
+    intervals, out, normalizer = checkpoint_name((intervals, out, normalizer), RESIDUALS)
     return out, (query, key, value, bias, intervals, out, normalizer)
 
 

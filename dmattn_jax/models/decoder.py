@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from dmattn_jax import nn
 from dmattn_jax.models.loss import LossOutput, chunked_cross_entropy
 from dmattn_jax.partitioning import constrain, normal, parameter
+from pallas_kernels import RESIDUALS
 
 HIDDEN = ("batch", None, None)
 
@@ -169,7 +170,21 @@ class CausalDecoder(nnx.Module):
             parameters, *others = layer
             return block(nnx.merge(graph, parameters), x, *others)
 
-        if self.config.remat:
-            # A scan keeps the recomputation apart by itself.
-            step = jax.checkpoint(step, prevent_cse=False)
+        policy = jax.checkpoint_policies.nothing_saveable if self.config.remat else _dear_to_compute
+        # A scan keeps the recomputation apart by itself.
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, x, (parameters, *per_layer))
+
+
+def _dear_to_compute(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """What a layer keeps for its backward pass: matrix products and attention.
+
+    Norms, rotations and activations are computed again, which costs less time than keeping them in the scan's stack
+    (written, and read again) and half of the memory.
+    """
+    if primitive.name.startswith("dot_product_attention"):
+        return True
+    keeps = jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(RESIDUALS)
+    )
+    return keeps(primitive, *operands, **parameters)

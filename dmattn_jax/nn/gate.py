@@ -9,11 +9,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dmattn_jax.nn.exact import exact_row_products
 from dmattn_jax.partitioning import normal, parameter
+from pallas_kernels import RESIDUALS
 
 GateActivation = Literal["exp", "linear"]
 
@@ -58,7 +60,7 @@ class DynamicMaskGate(nnx.Module):
 
     def __call__(self, value: Float[Array, "B S K D"]) -> Float[Array, "B S K"]:
         rows = value.reshape(*value.shape[:2], -1)
-        score = exact_row_products(rows, self.delta[...].astype(jnp.float32))
+        score = checkpoint_name(exact_row_products(rows, self.delta[...].astype(jnp.float32)), RESIDUALS)
         exponent = self.A[...].astype(jnp.float32) * jax.nn.softplus(score)
         gate = jnp.exp(exponent) if self.activation == "exp" else exponent
         if not self.step:

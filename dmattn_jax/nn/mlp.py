@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,10 +34,4 @@ class SwiGLU(nnx.Module):
         x = x.astype(self.dtype)
         gate = x @ self.gate_projection[...].astype(self.dtype)
         up = x @ self.up_projection[...].astype(self.dtype)
-        return _gated(gate, up) @ self.down_projection[...].astype(self.dtype)
-
-
-# For the backward pass the two products are kept, and not the steps between them.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _gated(gate: Float[Array, "*n F"], up: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
-    return jax.nn.silu(gate) * up
+        return (jax.nn.silu(gate) * up) @ self.down_projection[...].astype(self.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,12 +32,6 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
-        return _normalized(x, self.weight[...], self.eps)
-
-
-# For the backward pass only x is kept, and not its float32 steps: reading x again is cheaper than reading those.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def _normalized(x: Float[Array, "*n M"], weight: Float[Array, " M"], eps: float) -> Float[Array, "*n M"]:
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(exact_mean_square(wide) + eps)
-    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(exact_mean_square(wide) + self.eps)
+        return (wide * scale * self.weight[...].astype(jnp.float32)).astype(x.dtype)

@@ -41,7 +41,8 @@ def key_gradients(
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dkv_ref, dbias_ref, *, scratch):
         (k_smem, v_smem, meta_smem, q_smem, do_smem, stats_smem, out_smem, bias_smem), barriers = scratch
         own, q_full, do_full, stats_full, q_free, do_free, stats_free = barriers
-        kv_head, tile, item = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("batch")
+        # The last axis of the grid runs fastest: the first tiles, which most queries see, begin first.
+        tile, item, kv_head = lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
         thread = lax.axis_index("thread")
         epoch_first = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.epoch_size
         first_tile, lead, whole, count = (walks_ref[item, kv_head, n, tile] for n in range(4))
@@ -187,8 +188,8 @@ def key_gradients(
             jax.ShapeDtypeStruct((batch, length, kv_heads, 2 * dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, kv_heads, length), jnp.float32),
         ],
-        grid=(kv_heads, length // block_k, batch),
-        grid_names=("head", "tile", "batch"),
+        grid=(length // block_k, batch, kv_heads),
+        grid_names=("tile", "batch", "head"),
         num_threads=3,
         thread_name="thread",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -33,13 +33,14 @@ def query_gradient(
     block_q, block_k, stages = sizes.block_q, sizes.block_k, sizes.stages
     half = block_q // 2
     dtype = query.dtype
-    tiles_per_epoch = rows.epoch_size // block_q
+    tiles, tiles_per_epoch = queries // block_q, rows.epoch_size // block_q
     factor = scale * LOG2E
 
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, *, scratch):
         (q_smem, do_smem, stats_smem, k_smem, v_smem, meta_smem), barriers = scratch
         own, k_full, v_full, meta_full, k_free, v_free, meta_free = barriers
-        head, tile, item = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("batch")
+        # The last axis of the grid runs fastest: heads that share keys together, and the long last tiles first.
+        tile, item, head = tiles - 1 - lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
         thread = lax.axis_index("thread")
         kv_head = lax.div(head, jnp.int32(group))
         base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
@@ -144,8 +145,8 @@ def query_gradient(
     return plgpu.kernel(
         entry,
         out_type=jax.ShapeDtypeStruct(query.shape, dtype),
-        grid=(heads, queries // block_q, batch),
-        grid_names=("head", "tile", "batch"),
+        grid=(tiles, batch, heads),
+        grid_names=("tile", "batch", "head"),
         num_threads=3,
         thread_name="thread",
         compiler_params=plgpu.CompilerParams(approx_math=True),

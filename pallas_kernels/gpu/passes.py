@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.contract import BlockSizes, Intervals, Normalizer
@@ -50,7 +51,8 @@ def backward(
     """`contract.Backward`; lists are gathered again rather than kept."""
     assert isinstance(blocks, HopperBlockSizes)
     queries, length, dim = query.shape[1], key.shape[1], query.shape[3]
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    # Apart from the rest, or the compiler would read both arrays once for each of the three rows that it belongs to.
+    delta = lax.optimization_barrier(jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1))
     total = jnp.where(normalizer.total == 0, 1, normalizer.total)
     stats = jnp.stack([jnp.moveaxis(array, 1, 2) for array in (normalizer.shift * LOG2E, 1 / total, delta)], axis=2)
     padded = padded_length(queries, blocks)
