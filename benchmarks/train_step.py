@@ -39,6 +39,8 @@ class Options:
     attentions: tuple[AttentionKind, ...] = ("dma", "mha")
     tokens: int = 32768
     """Of a step, in as many sequences as fit."""
+    unroll: bool = True
+    """Compile every layer by itself, for speed."""
     repeats: int = 5
     """Timed steps."""
     output: Path | None = None
@@ -57,13 +59,14 @@ class Row:
     mfu: float | None = None
     """Useful operations, over the peak of the device; None where that is not known."""
     temporary_bytes: int = 0
+    compile_seconds: float = 0.0
     loss: float = 0.0
     error: str | None = None
 
 
-def measure(config: TrainConfig, row: Row, repeats: int) -> Row:
+def measure(config: TrainConfig, row: Row, repeats: int, unroll: bool) -> Row:
     """Fills the row; running out of memory is a result."""
-    model: DogeConfig = dataclasses.replace(config.model, attention=row.attention)
+    model: DogeConfig = dataclasses.replace(config.model, attention=row.attention, unroll_layers=unroll)
     skeleton = make_skeleton(model)
     schedule = make_schedule(config.optimizer, 1e-4, 1000)
     optimizer = make_optimizer(config.optimizer, schedule, skeleton.decay_mask())
@@ -81,7 +84,9 @@ def measure(config: TrainConfig, row: Row, repeats: int) -> Row:
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": None}
     try:
         state = jax.jit(start)()
+        begin = time.perf_counter()
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        row.compile_seconds = time.perf_counter() - begin
         row.temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
         for number in range(repeats + 2):
             jax.block_until_ready(state)
@@ -111,11 +116,11 @@ def main(options: Options) -> list[Row]:
         for length in options.lengths:
             for attention in options.attentions:
                 row = Row(preset, attention, length, max(1, options.tokens // length))
-                rows.append(measure(PRESETS[preset], row, options.repeats))
+                rows.append(measure(PRESETS[preset], row, options.repeats, options.unroll))
                 mfu = "" if row.mfu is None else f"{row.mfu:7.1%} of peak"
                 print(
                     f"{preset:>10} {length:>6} {attention:>4} {row.tokens_per_second:10,.0f} tokens/s {mfu} "
-                    f"{row.temporary_bytes / 2**30:6.1f} GiB {row.error or ''}",
+                    f"{row.temporary_bytes / 2**30:6.1f} GiB, compiled in {row.compile_seconds:.0f} s {row.error or ''}",
                     flush=True,
                 )
                 record.write(options.output, options, [dataclasses.asdict(row) for row in rows])

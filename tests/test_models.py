@@ -1,7 +1,9 @@
 """The Doge decoder: its equations, parameters, losses, caches, and what it must never look at."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 
 import jax
@@ -280,11 +282,12 @@ def test_weights_and_ignored_targets_leave_the_mean_of_the_rest():
 def test_remat_changes_memory_but_no_gradient():
     ids = tokens()
     results = []
-    for remat in (False, True):
-        model = make(attention="swa", remat=remat)
+    for remat, unroll in itertools.product((False, True), repeat=2):
+        model = make(attention="dma", remat=remat, unroll_layers=unroll)
         results.append(nnx.jit(nnx.value_and_grad(lambda m: m.loss(ids, jnp.roll(ids, -1, 1)).loss))(model))
-    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    for other in results[1:]:
+        for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
     def temporary(remat):
         config = dataclasses.replace(SMALL, num_layers=16, remat=remat, attention="swa")
@@ -294,6 +297,23 @@ def test_remat_changes_memory_but_no_gradient():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(True) < 0.5 * temporary(False)
+
+
+def test_backward_pass_keeps_products_and_attention_only():
+    config = dataclasses.replace(SMALL, num_layers=3)
+    graph, state = nnx.split(nnx.eval_shape(lambda: DogeForCausalLM(config, rngs=nnx.Rngs(0))))
+    length = 64
+
+    def kept(state):
+        run = jax.vjp(lambda s: nnx.merge(graph, s).hidden(jnp.zeros((1, length), jnp.int32))[0], state)[1]
+        return [leaf for leaf in jax.tree.leaves(run) if leaf.shape[:3] == (3, 1, length)]
+
+    leaves = jax.eval_shape(kept, state)
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    # x, q, k, v, attention's output, its projection, the two products of the MLP; and a few numbers a head.
+    rows = 2 * config.hidden_size + 2 * heads + 2 * kv_heads + 2 * config.intermediate_size
+    few = 8 * config.num_heads
+    assert rows <= sum(math.prod(leaf.shape[3:]) for leaf in leaves) <= rows + few
 
 
 def test_depth_does_not_grow_the_program():

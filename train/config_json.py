@@ -13,7 +13,7 @@ from train.errors import ConfigError
 T = TypeVar("T")
 
 RESUMABLE_PREFIXES = ("steps", "optimizer.", "mesh.", "checkpoint.", "log.", "runs_dir", "accumulate")
-RESUMABLE_FIELDS = frozenset({"model.dtype", "model.remat"})
+RESUMABLE_FIELDS = frozenset({"model.dtype", "model.remat", "model.unroll_layers"})
 """Fields that may change when a run is resumed: none of them alters what a checkpoint holds or how data is cut."""
 
 

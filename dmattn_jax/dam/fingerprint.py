@@ -16,7 +16,7 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     fields = {"kind": type(model).__name__, **dataclasses.asdict(model.config)}
     # How a model is computed does not change what it is.
-    for name in ("dtype", "remat"):
+    for name in ("dtype", "remat", "unroll_layers"):
         fields.pop(name, None)
     digest.update(json.dumps(fields, sort_keys=True, default=repr).encode())
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}

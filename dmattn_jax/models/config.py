@@ -25,6 +25,8 @@ class DogeConfig:
     num_experts: 0 for a dense SwiGLU MLP; otherwise a square number of single-neuron experts (CDMoE) is added.
     dtype: compute dtype; parameters stay in param_dtype.
     remat: keep only the residual stream of each layer for the backward pass, and compute the rest again.
+    unroll_layers: compile every layer by itself instead of one loop over all: faster steps, for nothing is copied into
+      a loop's stacks, and a compilation several times as long.
 
     Raises: ValueError on a field that cannot work, naming it, its value and what would do.
     """
@@ -53,6 +55,7 @@ class DogeConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: bool = False
+    unroll_layers: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.window, list):

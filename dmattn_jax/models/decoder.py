@@ -54,12 +54,16 @@ class DecoderConfig(Protocol):
     @property
     def remat(self) -> bool: ...
 
+    @property
+    def unroll_layers(self) -> bool: ...
+
 
 class CausalDecoder(nnx.Module):
     """Embedding, `num_layers` blocks, final norm, unembedding (the embedding's transpose when tied).
 
     The blocks are one block whose parameters have a leading "layers" axis, and run in one `scan`: compile time
-    does not grow with depth. Parameters are param_dtype, computation is dtype, logits and losses float32.
+    does not grow with depth, unless the configuration unrolls it. Parameters are param_dtype, computation is dtype,
+    logits and losses float32.
 
     A block has `attention` (with `init_cache`), is called as `block(x, segment_ids) -> (x, balance loss)`, and
     decodes as `block.decode(x, cache, segment_ids) -> (x, cache)`.
@@ -171,9 +175,11 @@ class CausalDecoder(nnx.Module):
             return block(nnx.merge(graph, parameters), x, *others)
 
         policy = jax.checkpoint_policies.nothing_saveable if self.config.remat else _dear_to_compute
-        # A scan keeps the recomputation apart by itself.
-        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-        return jax.lax.scan(step, x, (parameters, *per_layer))
+        unroll = self.config.num_layers if self.config.unroll_layers else 1
+        # A loop keeps the recomputation apart by itself. Without one, and unless memory is short, the compiler may
+        # keep what it likes: nothing has to be copied for it.
+        step = jax.checkpoint(step, prevent_cse=self.config.remat and unroll > 1, policy=policy)
+        return jax.lax.scan(step, x, (parameters, *per_layer), unroll=unroll)
 
 
 def _dear_to_compute(primitive: Any, *operands: Any, **parameters: Any) -> bool:

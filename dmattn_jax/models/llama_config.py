@@ -20,6 +20,8 @@ class LlamaConfig:
     rope_scaling: how the rotary frequencies are changed for longer contexts; None leaves them.
     dtype: compute dtype; parameters are param_dtype.
     remat: keep only the residual stream of each layer for the backward pass, and compute the rest again.
+    unroll_layers: compile every layer by itself instead of one loop over all: faster steps, for nothing is copied into
+      a loop's stacks, and a compilation several times as long.
 
     Raises: ValueError on a field that cannot work, naming it, its value and what would do.
     """
@@ -42,6 +44,7 @@ class LlamaConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: bool = False
+    unroll_layers: bool = False
 
     balance_loss_weight: ClassVar[float] = 0.0
     """There are no experts to balance."""
