@@ -83,6 +83,8 @@ def write_gguf(
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.chat_template": TEMPLATE,
     }
+    if architecture == "qwen3":
+        metadata[f"{architecture}.attention.key_length"] = s["head_dim"]
     for key, value in (metadata | (changed or {})).items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

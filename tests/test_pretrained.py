@@ -172,10 +172,12 @@ def test_dynamic_rotary_positions_are_said_to_be_exact_up_to_a_length(config, tm
 
 ON_MESHES = """
 import sys
+from pathlib import Path
 import jax, numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 from dmattn_jax.io import load_pretrained, save_pretrained
+from dmattn_jax.io.pretrained import read_config
 from dmattn_jax.io.safetensors_files import SafetensorsFolder
 
 def parameters(model):
@@ -189,6 +191,8 @@ def counted(self, name, index):
     return part
 SafetensorsFolder.read = counted
 
+family, config = read_config(Path(sys.argv[1]))
+specs = family.specs(config)
 whole = parameters(load_pretrained(sys.argv[1]))
 total = sum(size for _, size in sizes)
 assert total == sum(array.size for array in whole.values())
@@ -202,9 +206,14 @@ for shape in ((1, 4, 2), (2, 2, 2), (8, 1, 1)):
     query = split["blocks.attention.query"]
     layers, hidden, heads, head_dim = query.shape
     assert query.addressable_shards[0].data.shape == (layers, hidden // shape[1], heads // shape[2], head_dim)
-    # no read is larger than a device's part of one layer
-    parts = [size for name, size in sizes if "q_proj" in name]
-    assert max(parts) == hidden * heads * head_dim // (shape[1] * shape[2])
+    # No read, of any tensor, is anything but one device's part of one layer, and no part is read more often than held.
+    for spec in specs:
+        array = split[spec.parameter]
+        part = array.addressable_shards[0].data.size // max(spec.layers, 1)
+        for name in spec.tensors():
+            own = [size for read, size in sizes if read == name]
+            assert set(own) == {part}, (name, own, part)
+            assert len(own) <= 8
     with jax.set_mesh(mesh):
         logits = nnx.jit(lambda model, tokens: model(tokens))(model, np.arange(16).reshape(8, 2) % 5)
     assert np.isfinite(logits).all()

@@ -67,6 +67,7 @@ MODELS = {
     "qwen3-plain": (
         "Qwen3",
         {
+            "head_dim": 10,
             "use_sliding_window": True,
             "sliding_window": 4,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
