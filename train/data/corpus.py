@@ -1,11 +1,17 @@
-"""The default corpus: the sources of Python's own standard library, found on any machine, downloaded from nowhere."""
+"""Text that any machine has, downloaded from nowhere: the sources of Python's own standard library, which are the
+default corpus, and those of the packages installed beside it, some hundreds of megabytes."""
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 from train.data.sources import DataError, SourceFile, files_under
+
+PACKAGE_TEXT = frozenset({".py", ".pyi", ".pyx", ".md", ".rst", ".txt", ".c", ".cc", ".h", ".hpp"})
+"""Endings of the files of packages that are text worth learning: code and prose, not tables."""
 
 INSTALLED_PACKAGES = frozenset({"site-packages", "dist-packages"})
 
@@ -26,3 +32,31 @@ def stdlib_files(root: Path | None = None) -> list[SourceFile]:
             "name a directory of text files instead"
         )
     return files
+
+
+def package_files(roots: Mapping[str, Path] | None = None) -> list[SourceFile]:
+    """Code and prose of the standard library and the installed packages, sorted by name: `stdlib/…`, `packages/…`.
+
+    roots: name -> folder, by default those of this Python. Of equal files only the first is taken: packages carry
+    copies of one another's files, which would be trained on and held out at once.
+
+    Raises DataError where there is no such file.
+    """
+    if roots is None:
+        paths = {name: Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+        roots = {"stdlib": paths["stdlib"], "packages": paths["purelib"]}
+        if paths["platlib"].resolve() != paths["purelib"].resolve():
+            roots["platform"] = paths["platlib"]
+    found, contents = [], set[bytes]()
+    for where, root in sorted(roots.items()):
+        skip = INSTALLED_PACKAGES if where == "stdlib" else frozenset[str]()
+        for file in files_under(root, skip=skip):
+            if file.path.suffix.lower() not in PACKAGE_TEXT:
+                continue
+            content = hashlib.blake2b(file.path.read_bytes(), digest_size=16).digest()
+            if content not in contents:
+                contents.add(content)
+                found.append(SourceFile(file.path, f"{where}/{file.name}"))
+    if not found:
+        raise DataError(f"source 'packages' found no text below {', '.join(map(str, roots.values()))}")
+    return found
