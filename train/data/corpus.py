@@ -3,6 +3,7 @@ default corpus, and those of the packages installed beside it, some hundreds of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Mapping
@@ -42,21 +43,32 @@ def package_files(roots: Mapping[str, Path] | None = None) -> list[SourceFile]:
 
     Raises DataError where there is no such file.
     """
-    if roots is None:
-        paths = {name: Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-        roots = {"stdlib": paths["stdlib"], "packages": paths["purelib"]}
-        if paths["platlib"].resolve() != paths["purelib"].resolve():
-            roots["platform"] = paths["platlib"]
-    found, contents = [], set[bytes]()
+    return list(_installed_files() if roots is None else _distinct_files(roots))
+
+
+@functools.cache
+def _installed_files() -> list[SourceFile]:
+    """Found once a process: every file of an equal size is read."""
+    paths = {name: Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    roots = {"stdlib": paths["stdlib"], "packages": paths["purelib"]}
+    if paths["platlib"].resolve() != paths["purelib"].resolve():
+        roots["platform"] = paths["platlib"]
+    return _distinct_files(roots)
+
+
+def _distinct_files(roots: Mapping[str, Path]) -> list[SourceFile]:
+    by_size: dict[int, list[SourceFile]] = {}
     for where, root in sorted(roots.items()):
-        skip = INSTALLED_PACKAGES if where == "stdlib" else frozenset[str]()
-        for file in files_under(root, skip=skip):
-            if file.path.suffix.lower() not in PACKAGE_TEXT:
-                continue
-            content = hashlib.blake2b(file.path.read_bytes(), digest_size=16).digest()
-            if content not in contents:
-                contents.add(content)
-                found.append(SourceFile(file.path, f"{where}/{file.name}"))
+        for file in files_under(root, skip=INSTALLED_PACKAGES if where == "stdlib" else frozenset()):
+            if file.path.suffix.lower() in PACKAGE_TEXT:
+                by_size.setdefault(file.size, []).append(SourceFile(file.path, f"{where}/{file.name}"))
+    found = []
+    for alike in by_size.values():
+        if len(alike) > 1:
+            contents = {file: hashlib.blake2b(file.path.read_bytes(), digest_size=16).digest() for file in alike}
+            # The first of each content: later ones are overwritten by earlier.
+            alike = list({contents[file]: file for file in reversed(alike)}.values())
+        found += alike
     if not found:
         raise DataError(f"source 'packages' found no text below {', '.join(map(str, roots.values()))}")
-    return found
+    return sorted(found, key=lambda file: file.name)

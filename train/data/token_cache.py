@@ -24,8 +24,8 @@ from train.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 
-MEMORY_TOKENS = 1 << 27
-"""Text of more tokens than these goes to the cache on disk (256 MiB of uint16)."""
+MEMORY_TOKENS = 1 << 25
+"""Text of more tokens than these goes to the cache on disk (64 MiB of uint16): it takes long to tokenise again."""
 
 CACHE_VERSION = "1"
 

@@ -139,11 +139,12 @@ def scaling(args: Sequence[str]) -> int:
     )
     from train.experiments.jobs import is_job, keep_compiled, run_jobs
     from train.experiments.scaling import run_ladder
-    from train.experiments.text import tokenizer_of
+    from train.experiments.text import tokenize_once, tokenizer_of
 
     given.cells(given.output)  # what cannot work is refused before a vocabulary is learned
     sweep = dataclasses.replace(given, base=tokenizer_of(given.base, given.vocab_size, given.output))
     if given.jobs != 1 and not is_job():
+        tokenize_once(sweep.base)
         names = [cell.name for cell in sweep.cells(given.output)]
         return run_jobs(["scaling", *args], given.jobs, given.output, names)
     keep_compiled()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +12,16 @@ from dmattn_jax.io.tokenizers import train_tokenizer
 from train.config import DataConfig, TrainConfig
 from train.data import training_texts
 from train.data.loader import source_files
+from train.data.sources import NotTextError, SourceFile, read_documents
+from train.data.split import never_held_out
 from train.data.stream import PREFIX
+from train.data.tokens import tokenize_files
 from train.errors import ConfigError, bad_values_are_the_users
 from train.monitor import say
 from train.run_files import open_tokenizer
 
-VOCABULARY_BYTES = 64_000_000
-"""Text that a vocabulary is learned from, about: every k-th document of more."""
+VOCABULARY_CHARACTERS = 32_000_000
+"""Text that a vocabulary is learned from, at most: files drawn by the hash of their names."""
 
 
 def tokenizer_of(config: TrainConfig, vocab_size: int, folder: Path) -> TrainConfig:
@@ -42,14 +45,28 @@ def tokenizer_of(config: TrainConfig, vocab_size: int, folder: Path) -> TrainCon
     )
 
 
+def tokenize_once(config: TrainConfig) -> None:
+    """Leaves the tokens of a large text in the user's cache, before several processes want them."""
+    if not config.data.source.startswith(PREFIX):
+        tokenize_files(source_files(config.data), open_tokenizer(config.data.tokenizer), config.data.text_field)
+
+
 def _sample(config: DataConfig) -> Iterator[str]:
-    """Every k-th document of the training text."""
-    stride = 1
-    if not config.source.startswith(PREFIX):
-        stride = max(1, -(-sum(file.size for file in source_files(config)) // VOCABULARY_BYTES))
+    """So much of the training text, from files in no order."""
+    files = [] if config.source.startswith(PREFIX) else source_files(config)
+    if len(files) > 1:
+        texts = _texts_of(never_held_out(files, config.validation_fraction), config.text_field)
+    else:
+        texts = training_texts(config)
     taken = 0
-    for text in itertools.islice(training_texts(config), 0, None, stride):
+    for text in texts:
         yield text
         taken += len(text)
-        if taken > 2 * VOCABULARY_BYTES:
+        if taken > VOCABULARY_CHARACTERS:
             return
+
+
+def _texts_of(files: Sequence[SourceFile], text_field: str) -> Iterator[str]:
+    for file in files:
+        with contextlib.suppress(NotTextError):
+            yield from read_documents(file, text_field)
