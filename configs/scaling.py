@@ -3,4 +3,4 @@
 from train.experiments.scaling_config import ScalingSweep
 
 LADDER_20M = ScalingSweep()
-"""Six sizes to 19M parameters, on bytes: minutes a run on one GPU."""
+"""Six sizes to 19M parameters, on the code and prose of installed packages: minutes a run on one GPU."""

@@ -55,24 +55,25 @@ def write_gguf(
     tensors: dict[str, Any],
     kinds: dict[str, Any] | None = None,
     changed: dict[str, Any] | None = None,
+    architecture: str = "llama",
     **shape: int,
 ) -> Path:
-    """A Llama file. kinds: tensors that are given as blocks of bytes, and of which type; changed: metadata to set
-    (None leaves a key out)."""
+    """A file of a small model. kinds: tensors that are given as blocks of bytes, and of which type; changed: metadata
+    to set (None leaves a key out)."""
     import gguf
 
     s, kinds = SHAPE | shape, kinds or {}
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     metadata: dict[str, Any] = {
-        "llama.context_length": 128,
-        "llama.embedding_length": s["hidden"],
-        "llama.block_count": s["layers"],
-        "llama.feed_forward_length": s["wide"],
-        "llama.attention.head_count": s["heads"],
-        "llama.attention.head_count_kv": s["kv_heads"],
-        "llama.rope.dimension_count": s["head_dim"],
-        "llama.rope.freq_base": 1000.0,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        f"{architecture}.context_length": 128,
+        f"{architecture}.embedding_length": s["hidden"],
+        f"{architecture}.block_count": s["layers"],
+        f"{architecture}.feed_forward_length": s["wide"],
+        f"{architecture}.attention.head_count": s["heads"],
+        f"{architecture}.attention.head_count_kv": s["kv_heads"],
+        f"{architecture}.rope.dimension_count": s["head_dim"],
+        f"{architecture}.rope.freq_base": 1000.0,
+        f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
         "tokenizer.ggml.tokens": [*TOKENS, "Ġ"],
@@ -82,6 +83,8 @@ def write_gguf(
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.chat_template": TEMPLATE,
     }
+    if architecture == "qwen3":
+        metadata[f"{architecture}.attention.key_length"] = s["head_dim"]
     for key, value in (metadata | (changed or {})).items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

@@ -26,6 +26,7 @@ from dmattn_jax.io import (
     load_tokenizer,
     save_pretrained,
 )
+from dmattn_jax.io.pretrained import read_config
 from dmattn_jax.io.safetensors_files import SafetensorsFolder
 from dmattn_jax.models import LlamaConfig, LlamaForCausalLM
 
@@ -259,13 +260,24 @@ def test_code_beside_a_model_is_not_run(single):
         ({"num_key_value_heads": 2}, "num_heads must be a multiple of num_kv_heads"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite"),
         ({"hidden_act": "gelu"}, "hidden_act must be \"silu\", got 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias must be false"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be default, linear or llama3, got 'yarn'"),
+        ({"mlp_bias": True}, "tensor model.layers.0.mlp.gate_proj.bias of shape"),
+        ({"mlp_bias": 1}, "mlp_bias must be of type bool, got 1"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1},
+            "use_sliding_window must be false, or max_window_layers",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope_type must be one of default, linear, dynamic, llama3, yarn, got 'longrope'",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "mscale": 1}}, "mscale is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 1}}, "beta_fast must be > beta_slow"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor must be finite and > 0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention must not be an object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "got 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "got 'su'"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types must all be full_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"dtype": "int8"}, "dtype must be one of"),
@@ -288,7 +300,7 @@ def test_doge_configurations_with_what_is_not_supported(single):
         ({"sliding_window": 5}, "sliding_window beside the dynamic mask"),
         ({"is_moe": True, "num_experts": 5}, "num_experts must be 0 or a square number, got 5"),
         ({"keep_window_size": 0}, "window must be >= 1, got 0"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type must be default or dynamic for Doge"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type must be one of default, dynamic, got"),
         ({"model_type": "dmattn_doge", "attention": "all", "gate_activation": "exp"}, "attention must be one of"),
         ({"model_type": "dmattn_doge", "attention": "nsa", "gate_activation": "exp"}, "attention must be one of"),
         ({"model_type": "dmattn_doge", "attention": "dma", "gate_activation": "exp", "windows": ["5"]}, "window"),
@@ -358,6 +370,34 @@ def test_tokenizers_that_do_not_fit(tmp_path):
 
 
 # Fuzzing
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "yarn", "dynamic", "default", "dma"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["factor", "rope_type", "x"]), inner),
+    max_leaves=4,
+)
+FIELDS = (
+    "model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters",
+    "rope_scaling", "rope_theta", "layer_types", "use_sliding_window", "max_window_layers", "mlp_bias", "vocab_size",
+    "keep_window_size", "windows", "is_moe", "num_experts", "attention", "gate_activation", "eos_token_id", "dtype",
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(
+    kind=st.sampled_from(["llama", "qwen3", "doge", "dmattn_doge"]),
+    changes=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=4),
+)
+@pytest.mark.filterwarnings("ignore:.*dynamic rotary positions")
+def test_fuzzed_configurations(good, tmp_path_factory, kind, changes):
+    folder = tmp_path_factory.mktemp("fuzz")
+    before = json.loads(good["config.json"]) | {"model_type": kind, "attention": "dma", "gate_activation": "exp"}
+    (folder / "config.json").write_text(json.dumps(before | changes))
+    refused_or_fine(read_config, folder)
 
 
 def _open_safetensors(folder: Path) -> None:

@@ -81,7 +81,7 @@ def test_garbage_gguf(content, named, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"general.architecture": "gpt2"}, "general.architecture must be llama, got 'gpt2'"),
+        ({"general.architecture": "gpt2"}, "general.architecture must be llama or qwen3, got 'gpt2'"),
         ({"llama.expert_count": 8}, "llama.expert_count must be 0"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": 2**31 - 1}, "tensor blk.1.attn_norm.weight of shape [32] is missing"),

@@ -61,6 +61,18 @@ def test_generation_benchmark_compares_memory(generation, tmp_path):
     assert memory["mha", "prefill", 29] - memory["mha", "prefill", 13] == 16 * 2 * 6 * 4
 
 
+def test_generation_is_drawn_from_what_was_measured(tmp_path):
+    from benchmarks import generation_plot
+
+    source = Path(__file__).parents[1] / "benchmarks" / "results" / "generation_cpu.json"
+    content = json.loads(source.read_text())
+    # A row that ran out of memory has no numbers, and is no reason to fail.
+    content["rows"].append(content["rows"][0] | {"length": 1 << 20, "error": "out of memory", "seconds": []})
+    (tmp_path / "rows.json").write_text(json.dumps(content))
+    generation_plot.main(tmp_path / "rows.json", tmp_path / "generation.png")
+    assert (tmp_path / "generation.png").stat().st_size > 10_000
+
+
 def test_running_out_of_memory_is_a_result_and_other_errors_are_not(generation):
     import jax
 

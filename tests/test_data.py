@@ -19,7 +19,7 @@ import tokenizers
 from dmattn_jax.io import ByteTokenizer, FileTokenizer, Tokenizer, train_tokenizer
 from train.config import DataConfig
 from train.data import DataError, Datasets, HeldOut, make_datasets, make_evaluation, training_texts
-from train.data.corpus import stdlib_files
+from train.data.corpus import package_files, stdlib_files
 from train.data.sources import find_files
 
 T = 29
@@ -190,7 +190,7 @@ def test_stdlib_is_this_python_and_the_same_every_time() -> None:
         assert file.path == root / file.name
         assert file.path.suffix == ".py"
         assert not {"site-packages", "dist-packages", "__pycache__"} & set(file.path.parts[len(root.parts) :])
-    command = "from train.data.corpus import stdlib_files; print(*(file.name for file in stdlib_files()), sep='\\n')"
+    command = "from train.data.corpus import package_files, stdlib_files; print(*(file.name for file in stdlib_files()), sep='\\n')"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     again = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True, env=environment)
     assert again.stdout.splitlines() == names
@@ -211,6 +211,24 @@ def test_stdlib_works_where_parts_are_missing(tmp_path: Path, monkeypatch: pytes
     shutil.rmtree(fake)
     with pytest.raises(DataError, match=r"source 'stdlib' needs the \.py files of Python's standard library"):
         make("stdlib")
+
+
+def test_packages_are_text_and_every_file_once(tmp_path: Path) -> None:
+    for name, content in {
+        "std/os.py": "import sys",
+        "std/site-packages/x.py": "not the standard library",
+        "site/copy.py": "import sys",
+        "site/b/notes.md": "prose",
+        "site/b/__pycache__/c.py": "cached",
+        "site/table.csv": "1,2",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    files = package_files({"stdlib": tmp_path / "std", "packages": tmp_path / "site"})
+    # In the order of the roots' names, so the copy in a package is the one that stays.
+    assert [file.name for file in files] == ["packages/b/notes.md", "packages/copy.py"]
+    with pytest.raises(DataError, match="source 'packages' found no text below"):
+        package_files({"packages": tmp_path / "std" / "nowhere"})
 
 
 def test_stdlib_gives_batches() -> None:

@@ -105,14 +105,16 @@ def test_truncated_parquet_is_refused(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere' is not there: give 'stdlib', a file, a directory, a glob"):
+    with pytest.raises(
+        DataError, match=r"nowhere' is not there: give 'stdlib', 'packages', a file, a directory, a glob"
+    ):
         make(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"\*\.txt' matches no file; quote a glob"):
         make(tmp_path / "*.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="is a directory without files"):
         make(tmp_path / "empty")
-    with pytest.raises(DataError, match="source must be 'stdlib', a file"):
+    with pytest.raises(DataError, match="source must be 'stdlib', 'packages', a file"):
         make("")
 
 

@@ -13,7 +13,7 @@ from gguf_files import TEMPLATE, random_tensors, smollm2_path, write_gguf
 from dmattn_jax.generation import generate
 from dmattn_jax.io import CheckpointFormatError, load_pretrained, load_pretrained_tokenizer
 from dmattn_jax.io.gguf_file import READABLE, GgufFile, Quantization
-from dmattn_jax.nn import FactorsRope, LinearRope, Llama3Rope
+from dmattn_jax.nn import FactorsRope, LinearRope, Llama3Rope, YarnRope
 
 gguf = pytest.importorskip("gguf")
 
@@ -78,11 +78,31 @@ def test_rope_factors_and_scalings(tmp_path):
     # at these frequencies none is divided by the whole factor, which the file must show
     assert isinstance(scaling({"rope_freqs.weight": np.full(4, 3, np.float32)}), FactorsRope)
     slow = 1e6 ** (-np.arange(4) / 4)
-    factors = np.asarray(slow / known.scale(jnp.asarray(slow)), np.float32)
+    factors = np.asarray(slow / known.scale(jnp.asarray(slow), 1000.0), np.float32)
     assert scaling({"rope_freqs.weight": factors}, {"llama.rope.freq_base": 1e6}) == known
     assert frequency[0] == 1
-    with pytest.raises(CheckpointFormatError, match=r"llama.rope.scaling.type must be none or linear, got 'yarn'"):
-        scaling(changed={"llama.rope.scaling.type": "yarn"})
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+    changed = {f"llama.rope.scaling.{name}": value for name, value in yarn.items()}
+    assert scaling(changed=changed) == YarnRope(4.0, 32)
+    changed["llama.rope.scaling.attn_factor"] = 0.5
+    assert scaling(changed=changed).magnitude == pytest.approx(0.5 * (1 + 0.1 * np.log(4)))
+    with pytest.raises(CheckpointFormatError, match=r"rope.scaling.type must be none, linear or yarn, got 'longrope'"):
+        scaling(changed={"llama.rope.scaling.type": "longrope"})
+
+
+def test_qwen3(tmp_path):
+    """Heads are stored as they are used; queries and keys are normed."""
+    tensors = random_tensors(**SMALL)
+    norms = {f"blk.{i}.attn_{one}_norm.weight": np.arange(1, 9, dtype=np.float32) + i for i in range(2) for one in "qk"}
+    path = write_gguf(tmp_path / "model.gguf", tensors | norms, architecture="qwen3", **SMALL)
+    model = load_pretrained(path)
+    assert model.config.qk_norm
+    query = tensors["blk.1.attn_q.weight"].reshape(4, 8, 32)
+    np.testing.assert_array_equal(model.blocks.attention.query[1], query.transpose(2, 0, 1))
+    np.testing.assert_array_equal(model.blocks.attention.key_norm.weight[1], norms["blk.1.attn_k_norm.weight"])
+    bare = write_gguf(tmp_path / "bare.gguf", tensors, architecture="qwen3", **SMALL)
+    with pytest.raises(CheckpointFormatError, match=r"tensor blk.0.attn_q_norm.weight of shape \[8\] is missing"):
+        load_pretrained(bare)
 
 
 def test_tokenizer_and_chat_template(tmp_path):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dmattn_jax.generation import generate
 from dmattn_jax.models import LlamaConfig, LlamaForCausalLM
-from dmattn_jax.nn import FactorsRope, LinearRope, Llama3Rope
+from dmattn_jax.nn import FactorsRope, LinearRope, Llama3Rope, YarnRope
 
 SMALL = LlamaConfig(
     vocab_size=61,
@@ -48,7 +48,9 @@ def tokens(batch=2, length=13) -> jax.Array:
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameter_count_is_the_models(bias, qk_norm, tied):
-    config = dataclasses.replace(SMALL, attention_bias=bias, qk_norm=qk_norm, tie_embeddings=tied)
+    config = dataclasses.replace(
+        SMALL, attention_bias=bias, mlp_bias=bias != tied, qk_norm=qk_norm, tie_embeddings=tied
+    )
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
     assert config.num_parameters() == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     tables = config.vocab_size * config.hidden_size * (1 if tied else 2)
@@ -94,7 +96,7 @@ def test_greedy_generation_is_the_likeliest_token_each_time():
 
 @pytest.mark.slow
 def test_loss_has_gradients_for_every_parameter():
-    model, ids = make(attention_bias=True, qk_norm=True, tie_embeddings=False, remat=True), tokens()
+    model, ids = make(attention_bias=True, mlp_bias=True, qk_norm=True, tie_embeddings=False, remat=True), tokens()
     graph, state = nnx.split(model)
     gradients = jax.jit(jax.grad(lambda state: nnx.merge(graph, state).loss(ids, ids).loss))(state)
     for path, leaf in nnx.to_flat_state(gradients):
@@ -105,13 +107,20 @@ def test_loss_has_gradients_for_every_parameter():
 
 def test_rotary_scalings():
     frequency = 1e4 ** (-jnp.arange(16) / 16)
-    np.testing.assert_allclose(LinearRope(4.0).scale(frequency), frequency / 4)
-    np.testing.assert_allclose(FactorsRope((2.0,) * 16).scale(frequency), frequency / 2)
-    scaled = np.asarray(Llama3Rope(8.0, 1.0, 4.0, 128).scale(frequency))
+    np.testing.assert_allclose(LinearRope(4.0).scale(frequency, 1e4), frequency / 4)
+    np.testing.assert_allclose(FactorsRope((2.0,) * 16).scale(frequency, 1e4), frequency / 2)
+    scaled = np.asarray(Llama3Rope(8.0, 1.0, 4.0, 128).scale(frequency, 1e4))
     wavelength = 2 * np.pi / np.asarray(frequency)
     np.testing.assert_allclose(scaled[wavelength < 128 / 4], frequency[wavelength < 128 / 4], rtol=1e-6)
     np.testing.assert_allclose(scaled[wavelength > 128], frequency[wavelength > 128] / 8, rtol=1e-6)
     assert (np.diff(scaled) < 0).all()
+    # dimension 16·log_θ(128 / 2π·turns): 1.3 for 8 turns, 5.2 for 1; whole ones around them are 1 and 6
+    scaled = np.asarray(YarnRope(8.0, 128, beta_fast=10.0).scale(frequency, 1e4) / frequency)
+    np.testing.assert_allclose(scaled[:2], 1, rtol=1e-6)
+    np.testing.assert_allclose(scaled[6:], 1 / 8, rtol=1e-6)
+    np.testing.assert_allclose(np.diff(scaled[1:7]), -7 / 8 / 5, rtol=1e-5)
+    assert YarnRope(8.0, 128).magnitude == pytest.approx(1 + 0.1 * np.log(8))
+    assert YarnRope(0.5, 128).magnitude == 1
 
 
 @pytest.mark.parametrize(
@@ -119,6 +128,9 @@ def test_rotary_scalings():
     [
         (lambda: LinearRope(0), "factor must be finite and > 0, got 0"),
         (lambda: Llama3Rope(8, 4, 4, 8192), "high_freq_factor must be > low_freq_factor"),
+        (lambda: YarnRope(8, 128, beta_fast=1), "beta_fast must be > beta_slow, got 1 and 1.0"),
+        (lambda: YarnRope(8, 0), "original_max_position_embeddings must be finite and > 0, got 0"),
+        (lambda: dataclasses.replace(SMALL, rope_scaling=YarnRope(8, 16), rope_theta=1.0), "rope_theta must be > 1"),
         (lambda: FactorsRope((1.0, float("nan"))), "factors must be finite"),
         (lambda: dataclasses.replace(SMALL, rope_scaling=FactorsRope((1.0,))), r"head_dim / 2 = 5 numbers, got 1"),
         (lambda: dataclasses.replace(SMALL, num_kv_heads=4), "num_heads must be a multiple"),

@@ -16,7 +16,7 @@ from small_run import environment
 
 from dmattn_jax.io import load_pretrained, load_pretrained_tokenizer, save_pretrained, train_tokenizer
 from dmattn_jax.models import DogeConfig, DogeForCausalLM, LlamaConfig, LlamaForCausalLM
-from dmattn_jax.nn import FactorsRope, LinearRope, Llama3Rope
+from dmattn_jax.nn import FactorsRope, LinearRope, Llama3Rope, YarnRope
 
 DOGE = DogeConfig(
     vocab_size=61,
@@ -50,7 +50,8 @@ CONFIGS = {
     "mha": replace(DOGE, attention="mha"),
     "llama": replace(LLAMA, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 16)),
     "llama-bias": replace(LLAMA, attention_bias=True, rope_scaling=LinearRope(2.0), tie_embeddings=False),
-    "qwen3": replace(LLAMA, qk_norm=True, max_position_embeddings=99),
+    "llama-mlp-bias": replace(LLAMA, mlp_bias=True, rope_scaling=YarnRope(4.0, 32, attention_factor=1.25)),
+    "qwen3": replace(LLAMA, qk_norm=True, max_position_embeddings=99, rope_scaling=YarnRope(4.0, 32, 16.0, 2.0)),
 }
 
 
@@ -143,8 +144,10 @@ def test_a_tokenizer_goes_with_the_model(tmp_path):
 
 def test_errors_of_saving(tmp_path):
     factors = replace(LLAMA, rope_scaling=FactorsRope((1.0,) * 5))
-    with pytest.raises(ValueError, match="rope_scaling must be None, LinearRope or Llama3Rope"):
+    with pytest.raises(ValueError, match="rope_scaling must be None, LinearRope, Llama3Rope, YarnRope to be written"):
         save_pretrained(make(factors), tmp_path / "x")
+    with pytest.raises(ValueError, match="mlp_bias must be False with qk_norm"):
+        save_pretrained(make(replace(LLAMA, qk_norm=True, mlp_bias=True)), tmp_path / "x")
     with pytest.raises(ValueError, match="model must be a DogeForCausalLM or a LlamaForCausalLM, got Linear"):
         save_pretrained(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "x")
     with pytest.raises(ValueError, match="attention must be one of dma, swa, mha, got 'nsa'"):
@@ -154,23 +157,27 @@ def test_errors_of_saving(tmp_path):
     assert not (tmp_path / "x" / "config.json").exists()
 
 
-def test_dynamic_rotary_positions_are_said_to_be_exact_up_to_a_length(tmp_path):
-    save_pretrained(make(DOGE), tmp_path)
+@pytest.mark.parametrize("config", [DOGE, LLAMA])
+def test_dynamic_rotary_positions_are_said_to_be_exact_up_to_a_length(config, tmp_path):
+    save_pretrained(make(config), tmp_path)
     path = tmp_path / "config.json"
     content = json.loads(path.read_text())
     del content["rope_parameters"]
     content["rope_scaling"] = {"rope_type": "dynamic", "factor": 4.0}
     path.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="exact up to 2048 tokens only"):
-        assert load_pretrained(tmp_path).config == DOGE
+    length = content["max_position_embeddings"] if config is LLAMA else 2048
+    with pytest.warns(UserWarning, match=f"exact up to {length} tokens only"):
+        assert load_pretrained(tmp_path).config == config
 
 
 ON_MESHES = """
 import sys
+from pathlib import Path
 import jax, numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 from dmattn_jax.io import load_pretrained, save_pretrained
+from dmattn_jax.io.pretrained import read_config
 from dmattn_jax.io.safetensors_files import SafetensorsFolder
 
 def parameters(model):
@@ -184,6 +191,8 @@ def counted(self, name, index):
     return part
 SafetensorsFolder.read = counted
 
+family, config = read_config(Path(sys.argv[1]))
+specs = family.specs(config)
 whole = parameters(load_pretrained(sys.argv[1]))
 total = sum(size for _, size in sizes)
 assert total == sum(array.size for array in whole.values())
@@ -197,9 +206,14 @@ for shape in ((1, 4, 2), (2, 2, 2), (8, 1, 1)):
     query = split["blocks.attention.query"]
     layers, hidden, heads, head_dim = query.shape
     assert query.addressable_shards[0].data.shape == (layers, hidden // shape[1], heads // shape[2], head_dim)
-    # no read is larger than a device's part of one layer
-    parts = [size for name, size in sizes if "q_proj" in name]
-    assert max(parts) == hidden * heads * head_dim // (shape[1] * shape[2])
+    # No read, of any tensor, is anything but one device's part of one layer, and no part is read more often than held.
+    for spec in specs:
+        array = split[spec.parameter]
+        part = array.addressable_shards[0].data.size // max(spec.layers, 1)
+        for name in spec.tensors():
+            own = [size for read, size in sizes if read == name]
+            assert set(own) == {part}, (name, own, part)
+            assert len(own) <= 8
     with jax.set_mesh(mesh):
         logits = nnx.jit(lambda model, tokens: model(tokens))(model, np.arange(16).reshape(8, 2) % 5)
     assert np.isfinite(logits).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def opened(monkeypatch):
     config = DogeConfig(
         vocab_size=257, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, head_dim=8, window=5
     )
-    model = OpenedModel(DogeForCausalLM(config, rngs=nnx.Rngs(0)), TOKENIZER, "tiny")
+    model = OpenedModel(DogeForCausalLM(config, rngs=nnx.Rngs(0)), TOKENIZER, "tiny", Path("tiny"))
     monkeypatch.setattr("train.run_files.open_model", lambda path, best: model)
 
 

@@ -45,6 +45,22 @@ def test_small_file_gives_the_logits_of_transformers_and_converts(tmp_path):
 
 
 @pytest.mark.slow
+def test_qwen3_gives_the_logits_of_transformers(tmp_path):
+    shape = SMALL | {"head_dim": 128}  # of all released ones: their loader takes no other
+    random = np.random.default_rng(7)
+    norms = {
+        f"blk.{layer}.attn_{one}_norm.weight": random.uniform(0.5, 2, 128).astype(np.float32)
+        for layer in range(2)
+        for one in "qk"
+    }
+    path = write_gguf(tmp_path / "model.gguf", random_tensors(**shape) | norms, architecture="qwen3", **shape)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype="float32").eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS)).logits.numpy()
+    np.testing.assert_allclose(logits_of(load_pretrained(path), jnp.asarray(IDS)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_smollm2_gives_the_logits_and_tokens_of_transformers():
     smollm2 = smollm2_path()
     folder, name = str(smollm2.parent), smollm2.name

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from dmattn_jax.generation import generate
 from dmattn_jax.io import load_pretrained, save_pretrained
+from dmattn_jax.io.pretrained import read_config
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch, which is installed on Python 3.11 only")
 transformers = pytest.importorskip("transformers", reason="compares with transformers, installed on Python 3.11 only")
@@ -40,12 +41,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "original_max_position_embeddings": 16,
+}
 MODELS = {
     "doge": ("Doge", {"keep_window_size": 64, "tie_word_embeddings": True}),
     "doge-untied-head-size": ("Doge", {"keep_window_size": 64, "tie_word_embeddings": False, "head_dim": 10}),
     # its top-k after the causal mask chooses as the paper does
     "doge-narrow-window": ("Doge", {"keep_window_size": 5}),
-    "llama": ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True}),
+    "llama": ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
     "llama-tied-linear": (
         "Llama",
         {
@@ -54,7 +62,17 @@ MODELS = {
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
         },
     ),
-    "qwen3": ("Qwen3", {"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3", {"head_dim": 10, "rope_parameters": YARN, "attention_bias": True}),
+    # a window that no layer uses
+    "qwen3-plain": (
+        "Qwen3",
+        {
+            "head_dim": 10,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
 }
 MOE = {"is_moe": True, "num_experts": 25, "num_experts_per_tok": 4, "keep_window_size": 64}
 
@@ -205,6 +223,22 @@ def test_experts_routed_by_their_own_scores(tmp_path):
     assert before.keys() == after.keys()
     for name in before:
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"truncate": False, "beta_slow": 1.5}, {"attention_factor": 1.25, "factor": 1.0, "rope_theta": 1e6}]
+)
+def test_yarn_is_theirs(changes, tmp_path):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = YARN | changes
+    config = transformers.Qwen3Config(**COMMON, head_dim=24, rope_parameters=rope)
+    config.save_pretrained(tmp_path)
+    ours = read_config(tmp_path)[1]
+    expected, magnitude = ROPE_INIT_FUNCTIONS["yarn"](config, None)
+    frequency = ours.rope_theta ** (-jnp.arange(12) / 12)
+    np.testing.assert_allclose(ours.rope_scaling.scale(frequency, ours.rope_theta), expected.numpy(), rtol=1e-5)
+    assert ours.rope_scaling.magnitude == pytest.approx(magnitude)
 
 
 @pytest.mark.slow

@@ -200,7 +200,7 @@ def train_tokenizer(
     Example: dmattn tokenizer train texts/ notes.txt --vocab-size 8192 --output tokenizer.json
 
     Args:
-        sources: Files, directories, globs, or stdlib (Python's own sources).
+        sources: Files, directories, globs, stdlib (Python's own sources), or packages (those of all that is installed).
         vocab_size: Tokens in all: the 256 bytes, the end of a document, and merges.
         output: The file to write.
         text_field: The field of JSONL and Parquet rows that holds the text.
@@ -300,13 +300,13 @@ def _mqar(args: Sequence[str]) -> int:
 
 
 def _needle(args: Sequence[str]) -> int:
-    from train.experiments.commands import needle
+    from train.experiments.retrieval_commands import needle
 
     return _parse(needle, "dmattn needle", args)
 
 
 def _longeval(args: Sequence[str]) -> int:
-    from train.experiments.commands import longeval
+    from train.experiments.retrieval_commands import longeval
 
     return _parse(longeval, "dmattn longeval", args)
 

@@ -20,7 +20,7 @@ from dmattn_jax.io.tokenizers import Tokenizer
 from dmattn_jax.sampling import Sampling
 from dmattn_jax.scoring import score
 from train.errors import ConfigError
-from train.run_files import TrainedModel, load_trained
+from train.run_files import OpenedModel, open_model
 
 MAX_NEW_TOKENS = 256
 """Of tasks that do not say how much they want."""
@@ -45,14 +45,14 @@ class HarnessModel(TemplateLM):
         best: bool = False,
         **unused: Any,
     ) -> None:
-        """Either a run's folder, or a model and its tokenizer. unused: what lm_eval passes to every model.
+        """Either what `open_model` takes (a run's folder, for example), or a model and its tokenizer. unused: what lm_eval passes to every model.
 
         Raises: ValueError when neither is given, or on a batch size that is not a number.
         """
         super().__init__()
         if run is not None:
-            trained = load_trained(Path(run), best=best)
-            model, tokenizer = trained.model(), trained.tokenizer
+            opened = open_model(Path(run), best=best)
+            model, tokenizer = opened.model, opened.tokenizer
         if model is None or tokenizer is None:
             raise ValueError("HarnessModel needs run=, or model= and tokenizer=")
         if not str(batch_size).isdecimal():
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
 
 
 def evaluate_tasks(
-    trained: TrainedModel, tasks: Sequence[str], include_path: Path | None, *, batch_size: int, limit: int | None
+    opened: OpenedModel, tasks: Sequence[str], include_path: Path | None, *, batch_size: int, limit: int | None
 ) -> str:
     """lm_eval's table of results.
 
@@ -146,8 +146,8 @@ def evaluate_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(f"no task {', '.join(unknown)}: name one of lm_eval's, or give its folder by --include-path")
-    model = HarnessModel(model=trained.model(), tokenizer=trained.tokenizer, batch_size=batch_size)
+    model = HarnessModel(model=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size)
     results = simple_evaluate(
         model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
     )
-    return f"{trained.path}\n{make_table(results)}"
+    return f"{opened.path}\n{make_table(results)}"

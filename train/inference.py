@@ -231,7 +231,8 @@ def evaluate(
     and: dmattn eval runs/quickstart --tasks mytask --include-path tasks/
 
     Args:
-        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP).
+        run: A run's folder, or one of its checkpoints (runs/NAME/checkpoints/STEP); with --tasks also a Hugging Face
+            folder, a .gguf file, or hf:OWNER/NAME.
         text: A file, a directory, a glob, or stdlib.
         tasks: Names of lm_eval's tasks.
         include_path: A folder of further tasks, as YAML files.
@@ -243,14 +244,14 @@ def evaluate(
     """
     if (text is None) == (not tasks):
         raise ConfigError("name what to measure on: either --text FILES or --tasks NAMES")
-    from train.run_files import load_trained
+    from train.run_files import load_trained, open_model
 
     if tasks:
         try:
             from train.harness import evaluate_tasks
         except ModuleNotFoundError as error:
             raise MissingExtraError(f"--tasks needs {error.name}: pip install 'dmattn-jax[eval]'") from error
-        print(evaluate_tasks(load_trained(run, best=best), tasks, include_path, batch_size=batch_size, limit=limit))
+        print(evaluate_tasks(open_model(run, best=best), tasks, include_path, batch_size=batch_size, limit=limit))
         return 0
     import jax
 

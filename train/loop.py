@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 import dmattn_jax
 from dmattn_jax.io.tokenizers import Tokenizer
+from dmattn_jax.models.decoder import CausalDecoder
+from dmattn_jax.models.doge import DogeForCausalLM
 from train import flops, mesh, report, step
 from train.checkpoint import CheckpointWriter
 from train.config import TrainConfig
@@ -23,7 +25,7 @@ from train.evaluate import Evaluation, evaluate
 from train.interrupt import Interrupt
 from train.monitor import Monitor, say
 from train.optimizer import make_optimizer, make_schedule
-from train.parameters import Skeleton, make_skeleton
+from train.parameters import Skeleton, skeleton_of
 from train.resolve import Plan, resolve
 from train.run_directory import RunDirectory
 from train.run_files import open_tokenizer
@@ -31,21 +33,30 @@ from train.run_files import open_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. exit_code: 0 when all steps are done or time was up, 143 after SIGTERM, 130 after SIGINT."""
+    """How a run ended. exit_code: 0 when all steps are done or time was up, 143 after SIGTERM, 130 after SIGINT.
+
+    text: what was found to train on and to hold out, in one line.
+    """
 
     step: int
     exit_code: int
     first: float | None
     last: Evaluation | None
+    text: str
 
 
 def _never() -> bool:
     return False
 
 
-def run(config: TrainConfig, time_is_up: Callable[[], bool] = _never) -> Outcome:
+def run(
+    config: TrainConfig,
+    time_is_up: Callable[[], bool] = _never,
+    make_model: Callable[..., CausalDecoder] = DogeForCausalLM,
+) -> Outcome:
     """Trains `config`, or continues it: the same configuration run again goes on from the newest whole checkpoint.
 
+    make_model(config.model, rngs=) -> a model: for experiments, another one with the same configuration.
     time_is_up: asked after every step; True saves a checkpoint and ends the session. Only for a single process.
     Raises UserError for what the user can put right, TrainingDivergedError after too many bad steps in a row.
     """
@@ -70,7 +81,7 @@ def run(config: TrainConfig, time_is_up: Callable[[], bool] = _never) -> Outcome
         for name, (old, new) in changed.items():
             say(f"changed since the run began: {name} {old} -> {new}")
         with jax.set_mesh(device_mesh):
-            session = _Session(config, plan, device_mesh, tokenizer, directory, time_is_up)
+            session = _Session(config, plan, device_mesh, tokenizer, directory, time_is_up, make_model)
             try:
                 return session.train()
             finally:
@@ -90,6 +101,7 @@ class _Session:
         tokenizer: Tokenizer,
         directory: RunDirectory,
         time_is_up: Callable[[], bool],
+        make_model: Callable[..., CausalDecoder],
     ) -> None:
         self.config, self.plan, self.mesh = config, plan, device_mesh
         self.time_is_up = time_is_up
@@ -105,7 +117,7 @@ class _Session:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self.skeleton: Skeleton = make_skeleton(config.model)
+        self.skeleton: Skeleton = skeleton_of(config.model, lambda rngs: make_model(config.model, rngs=rngs))
         self.schedule: optax.Schedule = make_schedule(config.optimizer, plan.learning_rate, plan.steps)
         optimizer = make_optimizer(config.optimizer, self.schedule, self.skeleton.decay_mask())
         self.abstract = step.abstract_state(self.skeleton, optimizer, device_mesh)
@@ -174,7 +186,7 @@ class _Session:
         if start >= self.plan.steps:
             self.say(f"all {self.plan.steps} steps are done; --steps with a larger number continues")
             self.checkpoints.close()
-            return Outcome(start, 0, None, None)
+            return Outcome(start, 0, None, None, self.data.description)
         began = time.perf_counter()
         monitor = self._make_monitor()
 
@@ -248,8 +260,10 @@ class _Session:
                 monitor.add_pause(time.perf_counter() - began)
             if stop and number < last:
                 signalled = interrupt.signal is not None or not out_of_time
-                return Outcome(number, interrupt.exit_code if signalled else 0, first, evaluation)
-        return Outcome(last, 0, first, evaluation)
+                return Outcome(
+                    number, interrupt.exit_code if signalled else 0, first, evaluation, self.data.description
+                )
+        return Outcome(last, 0, first, evaluation, self.data.description)
 
     def _refuse_divergence(self, number: int, metrics: dict[str, float]) -> None:
         in_row = int(metrics["bad_in_row"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +22,10 @@ MOST_LAYERS, MOST_HEADS = 8, 4
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes a PNG at once: a reader never sees half a picture."""
+    """Writes a PNG at once: a reader never sees half a picture, and several processes may write the same one."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(fresh, dpi=dpi, format="png", facecolor=PAPER)
     fresh.replace(path)
 

@@ -45,11 +45,12 @@ class TrainedModel:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
-    """A model to talk with, from wherever it is. name: how to speak of it."""
+    """A model to talk with, from wherever it is. name: how to speak of it. path: of the checkpoint or the files."""
 
     model: CausalDecoder
     tokenizer: Tokenizer
     name: str
+    path: Path
 
 
 def open_model(path: Path, *, best: bool) -> OpenedModel:
@@ -61,11 +62,11 @@ def open_model(path: Path, *, best: bool) -> OpenedModel:
     folder = (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
     if not (hub or folder or path.suffix == ".gguf"):
         trained = load_trained(path, best=best)
-        return OpenedModel(trained.model(), trained.tokenizer, trained.config.name)
+        return OpenedModel(trained.model(), trained.tokenizer, trained.config.name, trained.path)
     source = str(path).removeprefix("hf:")
     try:
         model = load_pretrained(source)
-        return OpenedModel(model, load_pretrained_tokenizer(source, model.config.vocab_size), path.stem)
+        return OpenedModel(model, load_pretrained_tokenizer(source, model.config.vocab_size), path.stem, path)
     except (CheckpointFormatError, HubError, FileNotFoundError, ModuleNotFoundError) as error:
         raise CheckpointError(" ".join(str(error).split())) from error
 

@@ -18,12 +18,12 @@ written as the model type `dmattn_doge`, which it refuses instead of computing s
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 from dmattn_jax.io.decoder_tensors import LAYER, block_specs, head_norm_specs, table_specs
 from dmattn_jax.io.errors import CheckpointFormatError
 from dmattn_jax.io.json_fields import Fields
+from dmattn_jax.io.rope_format import read_rope
 from dmattn_jax.io.tensor_map import TensorSpec
 from dmattn_jax.models.config import DogeConfig
 from dmattn_jax.models.field_checks import one_of
@@ -66,7 +66,7 @@ def read_doge_config(fields: Fields, numeric: dict[str, Any]) -> DogeConfig:
         num_kv_heads=kv_heads,
         head_dim=fields.integer("head_dim", hidden // max(heads, 1)),
         window=window,
-        rope_theta=_rope_theta(fields),
+        rope_theta=read_rope(fields, ("default", "dynamic"))[0],
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         num_experts=experts,
@@ -82,17 +82,6 @@ def _stored_attention(attention: str) -> str:
     """Raises: ValueError for the attentions that no file format has; their models stay in the folders of runs."""
     one_of("attention", attention, STORED_ATTENTIONS)
     return attention
-
-
-def _rope_theta(fields: Fields) -> float:
-    rope = fields.rope()
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind == "dynamic":
-        length = fields.integer("max_position_embeddings", 2048)
-        warnings.warn(f"{fields.source}: dynamic rotary positions are exact up to {length} tokens only", stacklevel=2)
-    elif kind != "default":
-        raise CheckpointFormatError(f"{rope.source}: rope_type must be default or dynamic for Doge, got {kind!r:.80}")
-    return rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
 
 
 def write_doge_config(config: DogeConfig) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 from dmattn_jax.io.decoder_tensors import LAYER, block_specs, head_norm_specs, table_specs
 from dmattn_jax.io.errors import CheckpointFormatError
 from dmattn_jax.io.json_fields import Fields
+from dmattn_jax.io.rope_format import read_rope, write_rope
 from dmattn_jax.io.tensor_map import TensorSpec
 from dmattn_jax.models.llama_config import LlamaConfig
-from dmattn_jax.nn.rope import LinearRope, Llama3Rope, RopeScaling
 
 LLAMA = "llama"
 QWEN3 = "qwen3"
@@ -22,25 +22,23 @@ def read_llama_config(fields: Fields, numeric: dict[str, Any]) -> LlamaConfig:
     """
     qwen3 = fields.text("model_type") == QWEN3
     fields.must_be("hidden_act", "silu", "another activation")
-    fields.must_be("mlp_bias", False, "a bias in the MLP")
-    fields.must_be("use_sliding_window", False, "sliding-window attention")
-    kinds = fields.get("layer_types", list, [])
-    if any(kind != "full_attention" for kind in kinds):
-        raise CheckpointFormatError(f"{fields.source}: layer_types must all be full_attention, got {kinds!r:.80}")
-    theta, scaling = _rope(fields)
+    layers = fields.integer("num_hidden_layers")
+    _refuse_windows(fields, layers)
+    theta, scaling = read_rope(fields)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     return LlamaConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", heads),
         head_dim=fields.integer("head_dim", 128 if qwen3 else hidden // max(heads, 1)),
         max_position_embeddings=fields.integer("max_position_embeddings", 32_768 if qwen3 else 2048),
         qk_norm=qwen3,
         attention_bias=fields.flag("attention_bias", False),
+        mlp_bias=fields.flag("mlp_bias", False) and not qwen3,
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
@@ -50,42 +48,32 @@ def read_llama_config(fields: Fields, numeric: dict[str, Any]) -> LlamaConfig:
     )
 
 
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """θ and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = fields.rope()
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
-    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1:
-        raise CheckpointFormatError(f"{rope.source}: partial_rotary_factor must be 1: rotating a part is not supported")
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, LinearRope(rope.number("factor"))
-    if kind == "llama3":
-        return theta, Llama3Rope(
-            rope.number("factor"),
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-            rope.integer("original_max_position_embeddings"),
+def _refuse_windows(fields: Fields, layers: int) -> None:
+    """Raises: CheckpointFormatError, naming the field, where a layer sees only a window of the keys.
+
+    Qwen3's files name a window and do not use it; with use_sliding_window, layers from max_window_layers on would.
+    """
+    kinds = fields.get("layer_types", list, [])
+    if any(kind != "full_attention" for kind in kinds):
+        raise CheckpointFormatError(f"{fields.source}: layer_types must all be full_attention, got {kinds!r:.80}")
+    if not fields.flag("use_sliding_window", False) or kinds:
+        return
+    first = fields.integer("max_window_layers", 28)
+    if fields.integer("sliding_window", 4096) and first < layers:
+        raise CheckpointFormatError(
+            f"{fields.source}: use_sliding_window must be false, or max_window_layers at least the {layers} layers, "
+            f"got true and {first}: sliding-window attention in the Llama family is not supported"
         )
-    raise CheckpointFormatError(f"{rope.source}: rope_type must be default, linear or llama3, got {kind!r:.80}")
 
 
 def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
     """The content of a `config.json`, without the types of numbers and the tokenizer's ids.
 
-    Raises: ValueError on rotary factors, which a GGUF file may have and a config.json cannot say.
+    Raises: ValueError on rotary factors, which a GGUF file may have, and on an MLP's biases beside normed queries:
+    a config.json cannot say them.
     """
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if isinstance(config.rope_scaling, LinearRope):
-        rope = {"rope_type": "linear", "factor": config.rope_scaling.factor}
-    elif isinstance(config.rope_scaling, Llama3Rope):
-        rope = {"rope_type": "llama3", **vars(config.rope_scaling)}
-    elif config.rope_scaling is not None:
-        raise ValueError(
-            "rope_scaling must be None, LinearRope or Llama3Rope to be written in a config.json, got "
-            f"{type(config.rope_scaling).__name__}: a scaling by the factors of a GGUF file has no name there"
-        )
+    if config.mlp_bias and config.qk_norm:
+        raise ValueError("mlp_bias must be False with qk_norm to be written in a config.json: Qwen3's MLP has no bias")
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": QWEN3 if config.qk_norm else LLAMA,
@@ -99,12 +87,9 @@ def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "hidden_act": "silu",
         "attention_bias": config.attention_bias,
-        "mlp_bias": False,
+        "mlp_bias": config.mlp_bias,
         "rms_norm_eps": config.norm_eps,
-        # both spellings, for transformers before and since version 5
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scaling is None else rope,
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        **write_rope(config.rope_theta, config.rope_scaling),
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
     }
@@ -115,16 +100,22 @@ def llama_specs(config: LlamaConfig) -> list[TensorSpec]:
     specs = table_specs(config) + block_specs(config, "mlp")
     if config.qk_norm:
         specs += head_norm_specs(config)
+    biases: list[tuple[str, str, tuple[int, ...]]] = []
     if config.attention_bias:
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        for ours, theirs, sizes in (
-            ("query_bias", "q_proj.bias", (heads, head_dim)),
-            ("key_bias", "k_proj.bias", (kv_heads, head_dim)),
-            ("value_bias", "v_proj.bias", (kv_heads, head_dim)),
-            ("out_bias", "o_proj.bias", (config.hidden_size,)),
-        ):
-            axes = (tuple(range(len(sizes))),)
-            specs.append(
-                TensorSpec(f"blocks.attention.{ours}", f"{LAYER}self_attn.{theirs}", sizes, axes, config.num_layers)
-            )
+        biases += [
+            ("attention.query_bias", "self_attn.q_proj.bias", (heads, head_dim)),
+            ("attention.key_bias", "self_attn.k_proj.bias", (kv_heads, head_dim)),
+            ("attention.value_bias", "self_attn.v_proj.bias", (kv_heads, head_dim)),
+            ("attention.out_bias", "self_attn.o_proj.bias", (config.hidden_size,)),
+        ]
+    if config.mlp_bias:
+        biases += [
+            ("mlp.gate_bias", "mlp.gate_proj.bias", (config.intermediate_size,)),
+            ("mlp.up_bias", "mlp.up_proj.bias", (config.intermediate_size,)),
+            ("mlp.down_bias", "mlp.down_proj.bias", (config.hidden_size,)),
+        ]
+    for ours, theirs, sizes in biases:
+        axes = (tuple(range(len(sizes))),)
+        specs.append(TensorSpec(f"blocks.{ours}", f"{LAYER}{theirs}", sizes, axes, config.num_layers))
     return specs

@@ -37,7 +37,7 @@ class LlamaBlock(nnx.Module):
             rngs=rngs,
         )
         self.mlp_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps, param_dtype=c.param_dtype)
-        self.mlp = nn.SwiGLU(c.hidden_size, c.intermediate_size, **numeric, rngs=rngs)
+        self.mlp = nn.SwiGLU(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, **numeric, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from dmattn_jax.models.field_checks import at_least, check_decoder
-from dmattn_jax.nn.rope import FactorsRope, RopeScaling
+from dmattn_jax.nn.rope import FactorsRope, RopeScaling, YarnRope
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class LlamaConfig:
     head_dim: stands alone: num_heads · head_dim need not be hidden_size.
     max_position_embeddings: tokens of context that the model was trained for; it is told, not enforced.
     qk_norm: RMSNorm of every head's query and key (Qwen3).
-    attention_bias: biases of the four attention projections.
+    attention_bias, mlp_bias: biases of the four attention projections, of the three of the MLP.
     rope_scaling: how the rotary frequencies are changed for longer contexts; None leaves them.
     dtype: compute dtype; parameters are param_dtype.
     remat: keep only the residual stream of each layer for the backward pass, and compute the rest again.
@@ -36,6 +36,7 @@ class LlamaConfig:
     max_position_embeddings: int = 8192
     qk_norm: bool = False
     attention_bias: bool = False
+    mlp_bias: bool = False
     rope_theta: float = 100_000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
@@ -57,6 +58,8 @@ class LlamaConfig:
             raise ValueError(
                 f"rope_scaling.factors must be head_dim / 2 = {self.head_dim // 2} numbers, got {len(scaling.factors)}"
             )
+        if isinstance(scaling, YarnRope) and not self.rope_theta > 1:
+            raise ValueError(f"rope_theta must be > 1 with YarnRope, got {self.rope_theta}")
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Parameters of the model; without `embeddings` the token embedding and unembedding are left out."""
@@ -67,5 +70,7 @@ class LlamaConfig:
             layer += 2 * head_dim
         if self.attention_bias:
             layer += head_dim * (heads + 2 * kv_heads) + hidden
+        if self.mlp_bias:
+            layer += 2 * self.intermediate_size + hidden
         tables = self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + hidden + (tables if embeddings else 0)

@@ -7,7 +7,7 @@ from dmattn_jax.nn.mlp import SwiGLU
 from dmattn_jax.nn.moe import CDMoE
 from dmattn_jax.nn.native_sparse import NativeSparseAttention
 from dmattn_jax.nn.norms import RMSNorm
-from dmattn_jax.nn.rope import FactorsRope, LinearRope, Llama3Rope, RopeScaling, apply_rope
+from dmattn_jax.nn.rope import FactorsRope, LinearRope, Llama3Rope, RopeScaling, YarnRope, apply_rope
 
 __all__ = [
     "CDMoE",
@@ -23,5 +23,6 @@ __all__ = [
     "RopeScaling",
     "SlidingWindowAttention",
     "SwiGLU",
+    "YarnRope",
     "apply_rope",
 ]

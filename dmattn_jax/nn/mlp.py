@@ -12,13 +12,17 @@ from dmattn_jax.partitioning import normal, parameter
 
 
 class SwiGLU(nnx.Module):
-    """(SiLU(x W_gate) ⊙ x W_up) W_down, without biases; computes in `dtype`, parameters in `param_dtype`."""
+    """(SiLU(x W_gate) ⊙ x W_up) W_down; computes in `dtype`, parameters in `param_dtype`.
+
+    bias: whether the three projections have one (starting at 0).
+    """
 
     def __init__(
         self,
         hidden_size: int,
         intermediate_size: int,
         *,
+        bias: bool = False,
         init_std: float = 0.02,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -28,10 +32,19 @@ class SwiGLU(nnx.Module):
         self.gate_projection = parameter(normal(rngs, wide, init_std, param_dtype), ("embed", "mlp"))
         self.up_projection = parameter(normal(rngs, wide, init_std, param_dtype), ("embed", "mlp"))
         self.down_projection = parameter(normal(rngs, wide[::-1], init_std, param_dtype), ("mlp", "embed"))
+        if bias:
+            self.gate_bias = parameter(jnp.zeros(intermediate_size, param_dtype), ("mlp",))
+            self.up_bias = parameter(jnp.zeros(intermediate_size, param_dtype), ("mlp",))
+            self.down_bias = parameter(jnp.zeros(hidden_size, param_dtype), ("embed",))
+        self.bias = bias
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
         x = x.astype(self.dtype)
         gate = x @ self.gate_projection[...].astype(self.dtype)
         up = x @ self.up_projection[...].astype(self.dtype)
-        return (jax.nn.silu(gate) * up) @ self.down_projection[...].astype(self.dtype)
+        if self.bias:
+            gate = gate + self.gate_bias[...].astype(self.dtype)
+            up = up + self.up_bias[...].astype(self.dtype)
+        out = (jax.nn.silu(gate) * up) @ self.down_projection[...].astype(self.dtype)
+        return out + self.down_bias[...].astype(self.dtype) if self.bias else out

@@ -18,7 +18,7 @@ class LinearRope:
     def __post_init__(self) -> None:
         _check_positive(self)
 
-    def scale(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+    def scale(self, frequency: Float[Array, " N"], theta: float) -> Float[Array, " N"]:
         return frequency / self.factor
 
 
@@ -42,11 +42,55 @@ class Llama3Rope:
                 f"high_freq_factor must be > low_freq_factor, got {self.high_freq_factor} and {self.low_freq_factor}"
             )
 
-    def scale(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+    def scale(self, frequency: Float[Array, " N"], theta: float) -> Float[Array, " N"]:
         turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = jnp.clip(kept, 0, 1)
         return (1 - kept) * frequency / self.factor + kept * frequency
+
+
+@dataclass(frozen=True)
+class YarnRope:
+    """YaRN (arXiv 2309.00071): slow dimensions are divided by `factor`, fast ones left alone, cos and sin enlarged.
+
+    Dimension i makes original_max_position_embeddings · θ^(−2i/D) / 2π turns over the context that the model was
+    trained for. Dimensions of more than beta_fast turns are kept, those of fewer than beta_slow divided, and those in
+    between interpolated linearly in i. truncate: whether these two bounds are widened to whole dimensions.
+    attention_factor: multiplies cos and sin; None is the paper's 0.1·ln(factor) + 1.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if not self.beta_fast > self.beta_slow:
+            raise ValueError(f"beta_fast must be > beta_slow, got {self.beta_fast} and {self.beta_slow}")
+
+    @property
+    def magnitude(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(max(self.factor, 1.0)) + 1.0
+
+    def scale(self, frequency: Float[Array, " N"], theta: float) -> Float[Array, " N"]:
+        half = frequency.shape[0]
+        low, high = (self._dimension(turns, half, theta) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        # A step where both bounds are one dimension.
+        divided = jnp.clip((jnp.arange(half, dtype=frequency.dtype) - low) / max(high - low, 1e-3), 0, 1)
+        return divided * frequency / self.factor + (1 - divided) * frequency
+
+    def _dimension(self, turns: float, half: int, theta: float) -> float:
+        """The dimension, not a whole one, that makes so many turns."""
+        return half * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
 
 @dataclass(frozen=True)
@@ -60,17 +104,19 @@ class FactorsRope:
             if not (factor > 0 and math.isfinite(factor)):
                 raise ValueError(f"factors must be finite and > 0, got {factor}")
 
-    def scale(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+    def scale(self, frequency: Float[Array, " N"], theta: float) -> Float[Array, " N"]:
         if len(self.factors) != frequency.shape[0]:
             raise ValueError(f"factors must be head_dim / 2 = {frequency.shape[0]} numbers, got {len(self.factors)}")
         return frequency / jnp.asarray(self.factors, frequency.dtype)
 
 
-RopeScaling = LinearRope | Llama3Rope | FactorsRope
+RopeScaling = LinearRope | Llama3Rope | YarnRope | FactorsRope
 
 
-def _check_positive(scaling: LinearRope | Llama3Rope) -> None:
+def _check_positive(scaling: LinearRope | Llama3Rope | YarnRope) -> None:
     for name, value in vars(scaling).items():
+        if value is None or isinstance(value, bool):
+            continue
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be finite and > 0, got {value}")
 
@@ -94,9 +140,11 @@ def apply_rope(
     half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is not None:
-        frequency = scaling.scale(frequency)
+        frequency = scaling.scale(frequency, theta)
     angle = position.astype(jnp.float32)[:, :, None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if isinstance(scaling, YarnRope):
+        cos, sin = scaling.magnitude * cos, scaling.magnitude * sin
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

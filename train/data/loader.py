@@ -13,7 +13,7 @@ import numpy as np
 from dmattn_jax.io.tokenizers import ByteTokenizer, Tokenizer
 from train.config import DataConfig
 from train.data.batches import Batch, RowIterator, Share, StreamIterator, TrainIterator
-from train.data.corpus import stdlib_files
+from train.data.corpus import package_files, stdlib_files
 from train.data.held_out import HeldOut, hold_out
 from train.data.packing import EndlessRows
 from train.data.sources import DataError, SourceFile, find_files
@@ -115,7 +115,13 @@ def training_texts(config: DataConfig) -> Iterator[str]:
 
 
 def source_files(config: DataConfig) -> list[SourceFile]:
-    return stdlib_files() if config.source == "stdlib" else find_files(config.source)
+    match config.source:
+        case "stdlib":
+            return stdlib_files()
+        case "packages":
+            return package_files()
+        case _:
+            return find_files(config.source)
 
 
 def _checked(sequence_length: int, batch_size: int, process_index: int, process_count: int) -> Share:

@@ -52,7 +52,7 @@ def find_files(source: str) -> list[SourceFile]:
     that is not there or holds no file.
     """
     if not source:
-        raise DataError("source must be 'stdlib', a file, a directory, a glob or 'hf:NAME', got ''")
+        raise DataError("source must be 'stdlib', 'packages', a file, a directory, a glob or 'hf:NAME', got ''")
     path = Path(source).expanduser()
     if path.is_dir():
         files = files_under(path)
@@ -63,7 +63,7 @@ def find_files(source: str) -> list[SourceFile]:
         return [SourceFile(path, path.name)]
     if not glob.has_magic(source):
         raise DataError(
-            f"source {source!r} is not there: give 'stdlib', a file, a directory, a glob or 'hf:NAME'; "
+            f"source {source!r} is not there: give 'stdlib', 'packages', a file, a directory, a glob or 'hf:NAME'; "
             f"relative paths start at {Path.cwd()}"
         )
     matches = sorted({Path(match) for match in glob.glob(str(path), recursive=True)})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int64
 
-from train.data.sources import DataError
+from train.data.sources import DataError, SourceFile
 from train.data.tokens import TokenStore
 
 ROW_KEY = 0x64617461
@@ -53,6 +54,12 @@ def split_documents(store: TokenStore, fraction: float, source: str) -> Split:
     order = np.argsort(keys, kind="stable").astype(np.int64)
     count = _count(fraction, len(store))
     return Split(np.sort(order[count:]), order[:count], "rows", count, len(store))
+
+
+def never_held_out(files: Sequence[SourceFile], fraction: float) -> list[SourceFile]:
+    """Of several files those that `split_documents` trains on whatever the others hold, in an order like its own."""
+    by_hash = sorted(files, key=lambda file: (_hash(file.name), file.name))
+    return by_hash[_count(fraction, len(files)) :]
 
 
 def _count(fraction: float, units: int) -> int:

@@ -20,11 +20,12 @@ from jaxtyping import Int64, Integer
 
 from dmattn_jax.io.tokenizers import Tokenizer
 from train.data.sources import DataError, SourceFile
+from train.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 
-MEMORY_TOKENS = 1 << 27
-"""Text of more tokens than these goes to the cache on disk (256 MiB of uint16)."""
+MEMORY_TOKENS = 1 << 25
+"""Text of more tokens than these goes to the cache on disk (64 MiB of uint16): it takes long to tokenise again."""
 
 CACHE_VERSION = "1"
 
@@ -50,8 +51,7 @@ def cache_folder(files: Sequence[SourceFile], text_field: str, tokenizer: Tokeni
         status = file.path.stat()
         digest.update(os.fsencode(file.path.resolve()) + b"\0")
         digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home, "dmattn", "tokens", digest.hexdigest())
+    return user_cache("tokens") / digest.hexdigest()
 
 
 class TokenWriter:

@@ -1,13 +1,11 @@
-"""The experiments on the command line. What computes is imported when it runs, after the arguments are checked."""
+"""The experiments that train models, on the command line. What computes is imported when it runs, after the arguments are checked."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
@@ -15,14 +13,7 @@ from configs.mqar import SWEEPS
 from configs.scaling import LADDER_20M
 from train.errors import ConfigError
 from train.experiments.mqar_config import MQARConfig, MQARSweep, resolve
-from train.experiments.retrieval import Grid
 from train.experiments.scaling_config import ScalingSweep
-
-if TYPE_CHECKING:
-    from train.experiments.retrieval_tasks import Question
-    from train.run_files import OpenedModel
-
-PREFILL_CHUNK = 1024
 
 MQAR_HELP = """Multi-query associative recall: train one small model on it, or a sweep of models.
 
@@ -32,6 +23,7 @@ Examples:
   dmattn mqar --attention dma --length 2048 --dim 128
   dmattn mqar sweep paper
   dmattn mqar sweep paper --lengths 2048 --dims 64 128 --variants mha dma --seeds 0 1 --cell.minutes 5
+  dmattn mqar sweep paper --jobs 6 --max-minutes 60      (six cells at a time, on all GPUs)
   dmattn mqar report runs/mqar"""
 
 
@@ -40,7 +32,8 @@ SCALING_HELP = """Scaling laws of the attention variants: a ladder of sizes, all
 The same command again continues what was interrupted and skips what is done.
 
 Examples:
-  dmattn scaling --base.data.source texts/ --max-minutes 120
+  dmattn scaling --max-minutes 120 --jobs 4                (four runs at a time, on all GPUs)
+  dmattn scaling --base.data.source texts/ --vocab-size 0  (bytes of other text)
   dmattn scaling --variants mha dma --sizes 3 128 2 4 256 1      (layers, width, seeds; and so on)
   dmattn scaling report runs/scaling"""
 
@@ -68,6 +61,9 @@ class SweepArguments(MQARSweep):
     """The folder of the cells: each has its own below it."""
     max_minutes: float | None = None
     """Stop after so many minutes with a checkpoint, for the same command to continue."""
+    jobs: int = 1
+    """Processes that share the cells, and the GPUs of this machine. Small models leave a GPU idle most of the time; but
+    speeds are only comparable with one process a GPU."""
 
 
 def mqar(args: Sequence[str]) -> int:
@@ -100,8 +96,13 @@ def _mqar_sweep(args: Sequence[str]) -> int:
         description=MQAR_HELP,
         args=args[1:],
     )
+    names = [cell.name for cell in given.cells()]
+    from train.experiments.jobs import is_job, keep_compiled, run_jobs
     from train.experiments.mqar_sweep import run_sweep
 
+    if given.jobs != 1 and not is_job():
+        return run_jobs(["mqar", "sweep", *args], given.jobs, given.output, names)
+    keep_compiled()
     return run_sweep(given, given.output, given.max_minutes)
 
 
@@ -120,6 +121,9 @@ class ScalingArguments(ScalingSweep):
     """The folder of the runs: each is a run's folder below it."""
     max_minutes: float | None = None
     """Stop after so many minutes with a checkpoint, for the same command to continue."""
+    jobs: int = 1
+    """Processes that share the cells, and the GPUs of this machine. Small models leave a GPU idle most of the time; but
+    speeds are only comparable with one process a GPU."""
 
 
 def scaling(args: Sequence[str]) -> int:
@@ -133,9 +137,18 @@ def scaling(args: Sequence[str]) -> int:
         description=SCALING_HELP,
         args=args,
     )
+    from train.experiments.jobs import is_job, keep_compiled, run_jobs
     from train.experiments.scaling import run_ladder
+    from train.experiments.text import tokenize_once, tokenizer_of
 
-    return run_ladder(given, given.output, given.max_minutes)
+    given.cells(given.output)  # what cannot work is refused before a vocabulary is learned
+    sweep = dataclasses.replace(given, base=tokenizer_of(given.base, given.vocab_size, given.output))
+    if given.jobs != 1 and not is_job():
+        tokenize_once(sweep.base)
+        names = [cell.name for cell in sweep.cells(given.output)]
+        return run_jobs(["scaling", *args], given.jobs, given.output, names)
+    keep_compiled()
+    return run_ladder(sweep, given.output, given.max_minutes)
 
 
 def _scaling_report(output: Annotated[Path, tyro.conf.Positional] = Path("runs/scaling")) -> int:
@@ -144,112 +157,4 @@ def _scaling_report(output: Annotated[Path, tyro.conf.Positional] = Path("runs/s
 
     report(output)
     print((output / "table.md").read_text(encoding="utf-8"))
-    return 0
-
-
-def needle(
-    model: tyro.conf.Positional[Path],
-    grid: tyro.conf.OmitArgPrefixes[Grid] = Grid(),  # noqa: B008
-    haystack: str = "stdlib",
-    output: Path | None = None,
-    max_minutes: float | None = None,
-    best: bool = False,
-) -> int:
-    """Needle in a haystack: a city's magic number hidden in a long text, which the model must complete.
-
-    Greedy, at most 32 tokens; right if the digits appear. Writes needle.json and needle.png, lengths by depths.
-
-    Example: dmattn needle runs/quickstart --lengths 256 512 --trials 3
-
-    Args:
-        model: A run's folder, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME.
-        grid: What is asked.
-        haystack: The text around it: stdlib (Python's own sources), a file, a directory or a glob.
-        output: Where to write; by default a run's own folder, else the current one.
-        max_minutes: Begin no length after so many minutes.
-        best: Take the checkpoint of the lowest validation loss instead of the newest.
-    """
-    from train.config import DataConfig
-    from train.data.loader import source_files
-    from train.data.sources import NotTextError, read_documents
-    from train.experiments.retrieval_tasks import haystack_tokens, needle_is_right, needle_question
-
-    grid.check()
-    opened = _open(model, best)
-
-    def texts() -> Iterator[str]:
-        for file in source_files(DataConfig(source=haystack)):
-            with contextlib.suppress(NotTextError):
-                yield from read_documents(file, "text")
-
-    tokens = haystack_tokens(opened.tokenizer, texts(), 4 * max(grid.lengths))
-    ask = functools.partial(needle_question, opened.tokenizer, tokens, seed=grid.seed)
-    return _retrieve("needle", model, opened, ask, needle_is_right, grid, output, max_minutes)
-
-
-def longeval(
-    model: tyro.conf.Positional[Path],
-    grid: tyro.conf.OmitArgPrefixes[Grid] = Grid(),  # noqa: B008
-    output: Path | None = None,
-    max_minutes: float | None = None,
-    best: bool = False,
-) -> int:
-    """LongEval's lines: many named registers, one of them asked for by the start of its line.
-
-    Greedy, at most 32 tokens; right if the last integer of the completed line is the register's content. Writes
-    longeval.json and longeval.png, lengths by depths.
-
-    Example: dmattn longeval runs/quickstart --lengths 256 512 --trials 3
-
-    Args:
-        model: A run's folder, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME.
-        grid: What is asked.
-        output: Where to write; by default a run's own folder, else the current one.
-        max_minutes: Begin no length after so many minutes.
-        best: Take the checkpoint of the lowest validation loss instead of the newest.
-    """
-    from train.experiments.retrieval_tasks import lines_is_right, lines_question
-
-    grid.check()
-    opened = _open(model, best)
-    ask = functools.partial(lines_question, opened.tokenizer, seed=grid.seed)
-    return _retrieve("longeval", model, opened, ask, lines_is_right, grid, output, max_minutes)
-
-
-def _open(model: Path, best: bool) -> OpenedModel:
-    from train.run_files import open_model
-
-    return open_model(model, best=best)
-
-
-def _retrieve(
-    task: str,
-    path: Path,
-    opened: OpenedModel,
-    ask: Callable[[int, float, int], Question],
-    is_right: Callable[[Question, str], bool],
-    grid: Grid,
-    output: Path | None,
-    max_minutes: float | None,
-) -> int:
-    from dmattn_jax.generation import generate
-    from train.experiments.deadline import Deadline
-    from train.experiments.retrieval import ANSWER_TOKENS, measure
-
-    tokenizer = opened.tokenizer
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-
-    def answer(prompts: Sequence[Sequence[int]]) -> list[str]:
-        new = generate(
-            opened.model, prompts, max_new_tokens=ANSWER_TOKENS, stop_tokens=stop, prefill_chunk=PREFILL_CHUNK
-        )
-        return [tokenizer.decode(ids) for ids in new]
-
-    if output is None:
-        output = path if (path / "checkpoints").is_dir() else Path()
-    deadline = Deadline(max_minutes)
-    result = measure(task, opened.name, ask, answer, is_right, grid, output, deadline)
-    for length, row in zip(result.get("lengths", ()), result.get("accuracy", ()), strict=True):
-        print(f"{length:8,} tokens: {sum(row) / len(row):6.1%} right")
-    print(f"{output / f'{task}.json'}, {output / f'{task}.png'}")
     return 0

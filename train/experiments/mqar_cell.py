@@ -214,6 +214,7 @@ class _Session:
     def _finish(self, stopped: str | None) -> dict[str, Any]:
         config = self.config
         rows = read_metrics(self.directory.metrics)
+        assert config.batch_size is not None
         result = {
             "name": config.name,
             "config": dataclasses.asdict(config),
@@ -224,6 +225,7 @@ class _Session:
             "steps": self.step,
             "epochs": float(rows[-1]["epoch"]),
             "seconds": self.seconds,
+            "tokens_per_second": self.step * config.batch_size * config.length / self.seconds,
             "parameters": self.parameters,
             "measures": self.measures,
             "history": [

@@ -12,11 +12,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from train.errors import ConfigError, RunInUseError, TrainingDivergedError
+from train.errors import ConfigError
+from train.experiments.cells import train_missing
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_cell import read_result, train_cell
-from train.experiments.mqar_config import MQARSweep
-from train.experiments.results import read_results, write_json
+from train.experiments.mqar_config import MQARConfig, MQARSweep
+from train.experiments.results import read_results, write_json, write_text
+from train.experiments.speed import speed_table
 from train.experiments.variants import COLOURS, VARIANTS
 from train.monitor import say
 from train.plots import INK, save_figure
@@ -25,31 +27,21 @@ from train.plots import INK, save_figure
 def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
     """Trains the cells that `output` does not have yet, in order, and draws after each. Returns the exit code.
 
-    A cell that diverges, or that another process is training, is reported and passed over: several processes, on
-    GPUs of their own, may share a folder. One whose time ran out with the session is continued by the same
-    command. Raises: ConfigError when a folder holds a cell of another configuration.
+    Raises: ConfigError when a folder holds a cell of another configuration.
     """
-    cells, deadline = sweep.cells(), Deadline(max_minutes)
-    missing = [cell for cell in cells if read_result(output / cell.name, cell) is None]
-    say(f"{len(cells)} cells, {len(cells) - len(missing)} of them done")
-    for number, cell in enumerate(missing, 1):
-        if deadline.passed:
-            say(f"time is up: {len(missing) - number + 1} cells are left; the same command continues")
-            break
-        say(f"cell {number} of {len(missing)}: {cell.name}")
-        try:
-            outcome = train_cell(cell, output, deadline)
-        except (TrainingDivergedError, RunInUseError) as error:
-            say(f"passed over: {error}")
-            continue
-        if outcome.exit_code:
-            return outcome.exit_code
+    deadline = Deadline(max_minutes)
+
+    def train(cell: MQARConfig) -> int:
+        outcome = train_cell(cell, output, deadline)
         if outcome.result is not None:
             report(output)
-    if any(read_results(output)):
+        return outcome.exit_code
+
+    code = train_missing(sweep.cells(), lambda cell: read_result(output / cell.name, cell) is not None, train, deadline)
+    if not code and any(read_results(output)):
         report(output)
         say((output / "table.md").read_text(encoding="utf-8"))
-    return 0
+    return code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +86,12 @@ def report(output: Path) -> None:
         raise ConfigError(f"no finished cell below {output}")
     groups = group_results(iter(results))
     write_json(output / "results.json", results)
-    (output / "table.md").write_text(_table(groups), encoding="utf-8")
-    _plot(groups, output / "accuracy.png")
+    write_text(output / "table.md", table(groups) + _speeds(results))
+    plot(groups, output / "accuracy.png")
 
 
-def _table(groups: list[Group]) -> str:
+def table(groups: list[Group]) -> str:
+    """Accuracy as Markdown: widths and variants by lengths."""
     tasks = sorted({(group.length, group.pairs) for group in groups})
     rows = sorted({(group.dim, VARIANTS.index(group.attention), group.attention) for group in groups})
     found = {(group.attention, group.dim, group.length, group.pairs): group.text for group in groups}
@@ -114,7 +107,19 @@ def _table(groups: list[Group]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plot(groups: list[Group], path: Path) -> None:
+def _speeds(results: list[dict[str, Any]]) -> str:
+    """Speeds by length and width, after a blank line; "" where no cell says."""
+    cells = [result | {"attention": result["config"]["attention"]} for result in results]
+    ordered = sorted(cells, key=lambda cell: (cell["config"]["length"], cell["config"]["dim"]))
+    table = speed_table(
+        ordered,
+        lambda cell: f"{cell['config']['length']:,} tokens, width {cell['config']['dim']}",
+        {variant: variant.upper() for variant in VARIANTS},
+    )
+    return f"\n{table}" if table else ""
+
+
+def plot(groups: list[Group], path: Path) -> None:
     tasks = sorted({(group.length, group.pairs) for group in groups})
     figure = Figure(figsize=(3.6 * len(tasks) + 1.2, 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -12,23 +13,35 @@ from typing import Any
 import jax
 
 RESULT = "result.json"
+JOBS = "DMATTN_JOBS"
+"""In the environment: how many processes share this one's accelerator."""
+
+
+def sharing() -> int:
+    """How many processes share this one's accelerator, itself included; 1 where nothing says so."""
+    return int(os.environ.get(JOBS, "1"))
 
 
 def origin() -> dict[str, Any]:
-    """The device and the versions that numbers were measured with."""
+    """The device, how many processes shared it, and the versions that numbers were measured with."""
     try:
         own = version("dmattn-jax")
     except PackageNotFoundError:
         own = "a source tree, not installed"
     versions = {"dmattn-jax": own, "jax": jax.__version__, "python": platform.python_version()}
-    return {"device": jax.devices()[0].device_kind, "versions": versions}
+    return {"device": jax.devices()[0].device_kind, "sharing": sharing(), "versions": versions}
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes at once: a reader never sees half a file."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes at once, and several processes may write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 
 

@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 
 from train import config_json
 from train.config import TrainConfig
-from train.errors import ConfigError, RunInUseError, TrainingDivergedError
+from train.errors import ConfigError
+from train.experiments.cells import train_missing
 from train.experiments.deadline import Deadline
-from train.experiments.results import RESULT, origin, read_results, write_json
+from train.experiments.results import RESULT, origin, read_results, write_json, write_text
 from train.experiments.scaling_config import ScalingSweep
 from train.experiments.scaling_fit import Fit, fit_power_laws
+from train.experiments.speed import speed_table
 from train.experiments.variants import COLOURS, VARIANTS
 from train.flops import count_parameters, training_flops_per_token
 from train.metrics_file import read_metrics
@@ -29,34 +31,19 @@ from train.plots import INK, save_figure
 def run_ladder(sweep: ScalingSweep, output: Path, max_minutes: float | None) -> int:
     """Trains the runs that `output` does not have yet and draws after each. Returns the exit code.
 
-    A run that diverges, or that another process is training, is reported and passed over: several processes, on GPUs
-    of their own, may share a folder. One that time or a signal stopped is continued by the same
-    command. Raises: ConfigError when a folder holds a run of another configuration, and what a run raises.
+    Raises: ConfigError when a folder holds a run of another configuration, and what a run raises.
     """
     from train import mesh
 
     deadline = Deadline(max_minutes)
     cells = sweep.cells(output, mesh.batch_shards(mesh.make_mesh(sweep.base.mesh)))
-    missing = [cell for cell in cells if not is_done(cell, output)]
-    say(f"{len(cells)} runs, {len(cells) - len(missing)} of them done")
-    for number, cell in enumerate(missing, 1):
-        if deadline.passed:
-            say(f"time is up: {len(missing) - number + 1} runs are left; the same command continues")
-            break
-        if is_done(cell, output):
-            continue  # by another process, since the beginning
-        say(f"run {number} of {len(missing)}: {cell.name}")
-        try:
-            code = _train(cell, output, deadline)
-        except (TrainingDivergedError, RunInUseError) as error:
-            say(f"passed over: {error}")
-            continue
-        if code:
-            return code
-    if any(read_results(output)):
+    code = train_missing(
+        cells, lambda cell: is_done(cell, output), lambda cell: _train(cell, output, deadline), deadline
+    )
+    if not code and any(read_results(output)):
         report(output)
         say((output / "table.md").read_text(encoding="utf-8"))
-    return 0
+    return code
 
 
 def is_done(cell: TrainConfig, output: Path) -> bool:
@@ -82,6 +69,7 @@ def _train(cell: TrainConfig, output: Path, deadline: Deadline) -> int:
         return outcome.exit_code
     # A run whose last session ended between its last step and this line has its numbers in metrics.csv alone.
     rows = read_metrics(output / cell.name / "metrics.csv")
+    rates = [float(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]]
     tokens = cell.steps * cell.batch_size * cell.sequence_length
     count = count_parameters(cell.model)
     flops = training_flops_per_token(cell.model, cell.sequence_length)
@@ -101,6 +89,8 @@ def _train(cell: TrainConfig, output: Path, deadline: Deadline) -> int:
         "batch_size": cell.batch_size,
         "steps": cell.steps,
         "seconds": float(rows[-1]["seconds"]),
+        "tokens_per_second": float(np.median(rates)) if rates else None,
+        "text": outcome.text,
         "config": dataclasses.asdict(cell),
         **origin(),
     }
@@ -126,8 +116,8 @@ def report(output: Path, samples: int = 300) -> None:
     enough = sum(map(len, points.values())) > 1 + 2 * len(points)
     fit = fit_power_laws(points, samples) if points and enough else None
     write_json(output / "results.json", {"runs": results, "fit": None if fit is None else describe_fit(fit)})
-    (output / "table.md").write_text(_table(results, fit), encoding="utf-8")
-    _plot(results, fit, output / "scaling.png")
+    write_text(output / "table.md", table(results, fit))
+    plot(results, fit, output / "scaling.png")
 
 
 def describe_fit(fit: Fit) -> dict[str, Any]:
@@ -160,7 +150,7 @@ def seed_spread(results: Sequence[Mapping[str, Any]]) -> float | None:
     return math.sqrt(squares / freedom) if freedom else None
 
 
-def _table(results: Sequence[Mapping[str, Any]], fit: Fit | None) -> str:
+def table(results: Sequence[Mapping[str, Any]], fit: Fit | None) -> str:
     sizes = {r["size"]: r["size_parameters"] for r in sorted(results, key=lambda r: r["size_parameters"])}
     variants = [variant for variant in VARIANTS if any(r["attention"] == variant for r in results)]
     losses = collections.defaultdict(list)
@@ -176,6 +166,12 @@ def _table(results: Sequence[Mapping[str, Any]], fit: Fit | None) -> str:
     spread = seed_spread(results)
     said = "no size has two seeds" if spread is None else f"the standard deviation over seeds is {spread:.4f}"
     lines += ["", f"Validation loss in nats, mean over (runs); {said}.", ""]
+    speeds = speed_table(
+        sorted(results, key=lambda r: r["size_parameters"]),
+        lambda r: f"{r['size']} ({r['size_parameters'] / 1e6:.1f}M)",
+        {variant: variant.upper() for variant in VARIANTS},
+    )
+    lines += [speeds] if speeds else []
     if fit is None:
         return "\n".join([*lines, "No fit: it needs 3 sizes of a variant, and more runs than parameters."]) + "\n"
     low, high = fit.interval(variants[0] if variants[0] in fit.laws else next(iter(fit.laws)), "floor")
@@ -193,7 +189,7 @@ def _table(results: Sequence[Mapping[str, Any]], fit: Fit | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plot(results: Sequence[Mapping[str, Any]], fit: Fit | None, path: Path) -> None:
+def plot(results: Sequence[Mapping[str, Any]], fit: Fit | None, path: Path) -> None:
     figure = Figure(figsize=(8.4, 5), layout="constrained")
     axes = figure.add_subplot()
     for variant in VARIANTS:

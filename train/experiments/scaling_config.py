@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dmattn_jax.models.config import AttentionKind, DogeConfig
-from train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from train.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
 from train.errors import ConfigError
 from train.experiments.variants import VARIANTS
 from train.flops import count_parameters
@@ -33,9 +33,12 @@ class ScalingSweep:
     window: int = 512
     """Of `swa` and `dma`. `nsa` selects as many keys and slides over half of them, as in the paper's sizes."""
     tokens_per_parameter: float = 20.0
+    vocab_size: int = 4096
+    """Of a BPE vocabulary that is trained on the text to be trained on; 0 leaves the base's tokenizer."""
     base: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             model=DogeConfig(vocab_size=257),
+            data=DataConfig(source="packages"),
             optimizer=OptimizerConfig(learning_rate="auto"),
             checkpoint=CheckpointConfig(every=2000, keep=1),
             log=LogConfig(every=50, eval_every=1000, eval_batches=64, sample_every=0),

@@ -1,0 +1,127 @@
+"""Needle and lines on the command line. What computes is imported when it runs, after the arguments are checked."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from train.experiments.retrieval import Grid
+
+if TYPE_CHECKING:
+    from train.experiments.retrieval_tasks import Question
+    from train.run_files import OpenedModel
+
+PREFILL_CHUNK = 1024
+
+
+def needle(
+    model: tyro.conf.Positional[Path],
+    grid: tyro.conf.OmitArgPrefixes[Grid] = Grid(),  # noqa: B008
+    haystack: str = "stdlib",
+    output: Path | None = None,
+    max_minutes: float | None = None,
+    best: bool = False,
+) -> int:
+    """Needle in a haystack: a city's magic number hidden in a long text, which the model must complete.
+
+    Greedy, at most 32 tokens; right if the digits appear. Writes needle.json and needle.png, lengths by depths.
+
+    Example: dmattn needle runs/quickstart --lengths 256 512 --trials 3
+
+    Args:
+        model: A run's folder, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME.
+        grid: What is asked.
+        haystack: The text around it: stdlib (Python's own sources), a file, a directory or a glob.
+        output: Where to write; by default a run's own folder, else the current one.
+        max_minutes: Begin no length after so many minutes.
+        best: Take the checkpoint of the lowest validation loss instead of the newest.
+    """
+    from train.config import DataConfig
+    from train.data.loader import source_files
+    from train.data.sources import NotTextError, read_documents
+    from train.experiments.retrieval_tasks import haystack_tokens, needle_is_right, needle_question
+
+    grid.check()
+    opened = _open(model, best)
+
+    def texts() -> Iterator[str]:
+        for file in source_files(DataConfig(source=haystack)):
+            with contextlib.suppress(NotTextError):
+                yield from read_documents(file, "text")
+
+    tokens = haystack_tokens(opened.tokenizer, texts(), 4 * max(grid.lengths))
+    ask = functools.partial(needle_question, opened.tokenizer, tokens, seed=grid.seed)
+    return _retrieve("needle", model, opened, ask, needle_is_right, grid, output, max_minutes)
+
+
+def longeval(
+    model: tyro.conf.Positional[Path],
+    grid: tyro.conf.OmitArgPrefixes[Grid] = Grid(),  # noqa: B008
+    output: Path | None = None,
+    max_minutes: float | None = None,
+    best: bool = False,
+) -> int:
+    """LongEval's lines: many named registers, one of them asked for by the start of its line.
+
+    Greedy, at most 32 tokens; right if the last integer of the completed line is the register's content. Writes
+    longeval.json and longeval.png, lengths by depths.
+
+    Example: dmattn longeval runs/quickstart --lengths 256 512 --trials 3
+
+    Args:
+        model: A run's folder, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME.
+        grid: What is asked.
+        output: Where to write; by default a run's own folder, else the current one.
+        max_minutes: Begin no length after so many minutes.
+        best: Take the checkpoint of the lowest validation loss instead of the newest.
+    """
+    from train.experiments.retrieval_tasks import lines_is_right, lines_question
+
+    grid.check()
+    opened = _open(model, best)
+    ask = functools.partial(lines_question, opened.tokenizer, seed=grid.seed)
+    return _retrieve("longeval", model, opened, ask, lines_is_right, grid, output, max_minutes)
+
+
+def _open(model: Path, best: bool) -> OpenedModel:
+    from train.run_files import open_model
+
+    return open_model(model, best=best)
+
+
+def _retrieve(
+    task: str,
+    path: Path,
+    opened: OpenedModel,
+    ask: Callable[[int, float, int], Question],
+    is_right: Callable[[Question, str], bool],
+    grid: Grid,
+    output: Path | None,
+    max_minutes: float | None,
+) -> int:
+    from dmattn_jax.generation import generate
+    from train.experiments.deadline import Deadline
+    from train.experiments.retrieval import ANSWER_TOKENS, measure
+
+    tokenizer = opened.tokenizer
+    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+
+    def answer(prompts: Sequence[Sequence[int]]) -> list[str]:
+        new = generate(
+            opened.model, prompts, max_new_tokens=ANSWER_TOKENS, stop_tokens=stop, prefill_chunk=PREFILL_CHUNK
+        )
+        return [tokenizer.decode(ids) for ids in new]
+
+    if output is None:
+        output = path if (path / "checkpoints").is_dir() else Path()
+    deadline = Deadline(max_minutes)
+    result = measure(task, opened.name, ask, answer, is_right, grid, output, deadline)
+    for length, row in zip(result.get("lengths", ()), result.get("accuracy", ()), strict=True):
+        print(f"{length:8,} tokens: {sum(row) / len(row):6.1%} right")
+    print(f"{output / f'{task}.json'}, {output / f'{task}.png'}")
+    return 0
