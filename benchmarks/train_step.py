@@ -120,7 +120,8 @@ def main(options: Options) -> list[Row]:
                 mfu = "" if row.mfu is None else f"{row.mfu:7.1%} of peak"
                 print(
                     f"{preset:>10} {length:>6} {attention:>4} {row.tokens_per_second:10,.0f} tokens/s {mfu} "
-                    f"{row.temporary_bytes / 2**30:6.1f} GiB, compiled in {row.compile_seconds:.0f} s {row.error or ''}",
+                    f"{row.temporary_bytes / 2**30:6.1f} GiB, compiled in {row.compile_seconds:.0f} s "
+                    f"{row.error or ''}",
                     flush=True,
                 )
                 record.write(options.output, options, [dataclasses.asdict(row) for row in rows])
