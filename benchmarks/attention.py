@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,8 @@ class Options:
     gates: tuple[str, ...] = ("random", "rising", "walk")
     gates_at: int = 32768
     dtype: str = "bfloat16"
+    torch: bool = True
+    """FlashAttention-2 and FlexAttention too, where torch is installed."""
     repeats: int = 5
     output: Path | None = None
 
@@ -89,9 +92,8 @@ def make_inputs(options: Options, length: int, gate: str) -> list[jax.Array]:
     return [*arrays, scores, jax.random.normal(keys[4], shape, options.dtype)]
 
 
-def measure(function: Callable[..., Any], arguments: list[jax.Array], repeats: int) -> tuple[list[float], int]:
+def measure(compiled: jax.stages.Compiled, arguments: list[jax.Array], repeats: int) -> tuple[list[float], int]:
     """Milliseconds a call, per repeat; a repeat queues calls for about 50 ms, so that launches are hidden."""
-    compiled = jax.jit(function).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
     begin = time.perf_counter()
     jax.block_until_ready(compiled(*arguments))
@@ -150,7 +152,7 @@ def matrix_product(dtype: str, repeats: int) -> float:
     """Operations per second of one large product, the practical ceiling of this device."""
     size = 8192 if jax.default_backend() == "gpu" else 512
     left, right = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in (0, 1))
-    times, _ = measure(jnp.dot, [left, right], repeats)
+    times, _ = measure(jax.jit(jnp.dot).lower(left, right).compile(), [left, right], repeats)
     return 2 * size**3 / (statistics.median(times) * 1e-3)
 
 
@@ -170,13 +172,12 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
             flush=True,
         )
 
-    def add(what: str, direction: str, function, arguments) -> None:
-        times, temporary = measure(function, arguments, options.repeats)
-        keep(Row(length, window, gate, what, direction, times, temporary), dense=what == "cudnn dense")
-
     table = peers(window)
     fastest = next(entry for name, entry in IMPLEMENTATIONS.items() if f"dma {name}" in table)
-    add("select + layout", "forward", partial(prepare, fastest, window, options.head_dim), inputs[3:])
+    selection = partial(prepare, fastest, window, options.head_dim)
+    work: list[tuple[str, str, Callable[..., Any], list[jax.Array]]] = [
+        ("select + layout", "forward", selection, inputs[3:])
+    ]
     for name, attend in table.items():
         if name.startswith("cudnn") and gate != options.gates[0]:
             continue
@@ -187,9 +188,15 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
             out, pull = jax.vjp(attend, query, key, value, gate)
             return out, pull(cotangent)
 
-        add(name, "forward", attend, inputs)
-        add(name, "both", both, [*inputs, cotangent])
-    if torch_peers.available() and gate == options.gates[0] and length <= options.gates_at:
+        work += [(name, "forward", attend, inputs), (name, "both", both, [*inputs, cotangent])]
+    lowered = [jax.jit(function).lower(*arguments) for _, _, function, arguments in work]
+    # All before the first measurement, and at once: compiling is most of the time, and each is one thread's work.
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(lambda program: program.compile(), lowered))
+    for (what, direction, _, arguments), program in zip(work, programs, strict=True):
+        times, temporary = measure(program, arguments, options.repeats)
+        keep(Row(length, window, gate, what, direction, times, temporary), dense=what == "cudnn dense")
+    if options.torch and torch_peers.available() and gate == options.gates[0] and length <= options.gates_at:
         shape = (length, options.heads, options.kv_heads, options.head_dim)
         expiry = np.asarray(jax.jit(select_keys, static_argnums=1)(inputs[3], window))[0]
         for name, function in torch_peers.peers(*shape, expiry, np.asarray(inputs[3])[0]):
