@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 
 from benchmarks import record, torch_peers
+from benchmarks.gates import MADE_UP, make_gates
 from dmattn_jax import dynamic_mask_attention, explain, select_keys
 from dmattn_jax.attention import choose_intervals
 from dmattn_jax.documents import document_bounds
@@ -48,8 +49,10 @@ class Options:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    gates: tuple[str, ...] = ("random", "rising", "walk")
+    gates: tuple[str, ...] = MADE_UP
     gates_at: int = 32768
+    checkpoint: Path | None = None
+    """A run whose gates `--gates … trained` measures."""
     dtype: str = "bfloat16"
     torch: bool = True
     """FlashAttention-2 and FlexAttention too, where torch is installed."""
@@ -80,12 +83,7 @@ def make_inputs(options: Options, length: int, gate: str) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(length), 5)
     shape = (1, length, options.heads, options.head_dim)
     kv_shape = (1, length, options.kv_heads, options.head_dim)
-    noise = jax.random.normal(keys[3], kv_shape[:3], jnp.float32)
-    scores = {
-        "random": lambda: noise,
-        "rising": lambda: noise + 8 * jnp.arange(length)[None, :, None] / length,
-        "walk": lambda: 0.02 * jnp.cumsum(noise, axis=1),
-    }[gate]()
+    scores = make_gates(gate, length, options.kv_heads, options.checkpoint)
     arrays = [
         jax.random.normal(key, s, options.dtype) for key, s in zip(keys, (shape, kv_shape, kv_shape), strict=False)
     ]
