@@ -105,7 +105,9 @@ def test_truncated_parquet_is_refused(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere' is not there: give 'stdlib', 'packages', a file, a directory, a glob"):
+    with pytest.raises(
+        DataError, match=r"nowhere' is not there: give 'stdlib', 'packages', a file, a directory, a glob"
+    ):
         make(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"\*\.txt' matches no file; quote a glob"):
         make(tmp_path / "*.txt")

@@ -260,7 +260,9 @@ class _Session:
                 monitor.add_pause(time.perf_counter() - began)
             if stop and number < last:
                 signalled = interrupt.signal is not None or not out_of_time
-                return Outcome(number, interrupt.exit_code if signalled else 0, first, evaluation, self.data.description)
+                return Outcome(
+                    number, interrupt.exit_code if signalled else 0, first, evaluation, self.data.description
+                )
         return Outcome(last, 0, first, evaluation, self.data.description)
 
     def _refuse_divergence(self, number: int, metrics: dict[str, float]) -> None:

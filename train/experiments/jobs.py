@@ -71,9 +71,7 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
             environment = os.environ | environment_of(number, jobs, devices)
             # In a session of its own: a Ctrl-C reaches it once, from here.
             processes.append(
-                subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
             )
         bar = stack.enter_context(tqdm(total=len(cells), desc="done", unit="cell", file=sys.stderr, dynamic_ncols=True))
         told = False
@@ -82,11 +80,11 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
                 for process in processes:
                     process.send_signal(interrupt.signal)
                 told = True
-            bar.n = sum((output / cell / RESULT).exists() for cell in cells)
-            bar.refresh()
+            _count(bar, output, cells)
             time.sleep(0.5)
-        bar.n = sum((output / cell / RESULT).exists() for cell in cells)
-        bar.refresh()
+        _count(bar, output, cells)
+    if (output / "table.md").exists():
+        say((output / "table.md").read_text(encoding="utf-8"))
     failed = [(number, process.returncode) for number, process in enumerate(processes) if process.returncode]
     for number, code in failed:
         tail = (output / f"job-{number}.log").read_text(errors="replace").strip().splitlines()[-1:]
@@ -94,10 +92,18 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
     return abs(failed[0][1]) if failed else 0
 
 
+def _count(bar: tqdm, output: Path, cells: Sequence[str]) -> None:
+    """Shows how many are done; drawn anew when that changes, and on a terminal every time, for its clock."""
+    done = sum((output / cell / RESULT).exists() for cell in cells)
+    bar.update(done - bar.n)
+    if sys.stderr.isatty():
+        bar.refresh()
+
+
 def keep_compiled() -> None:
     """Programs for accelerators are kept in the user's cache: another process, or this command again, compiles less.
 
     JAX_COMPILATION_CACHE_DIR names another folder.
     """
-    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+    if jax.default_backend() != "cpu" and not jax.config.values.get("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", str(user_cache("compiled")))
