@@ -50,6 +50,15 @@ class Bounds:
     """Processes that share the cells, and the GPUs of this machine. Small models leave a GPU idle most of the time; but
     speeds are only comparable with one process a GPU."""
 
+    @property
+    def several(self) -> bool:
+        """Whether this process is to start others. Raises: ConfigError unless jobs >= 1."""
+        from train.experiments.jobs import is_job
+
+        if self.jobs < 1:
+            raise ConfigError(f"jobs must be >= 1, got {self.jobs}")
+        return self.jobs > 1 and not is_job()
+
 
 @dataclasses.dataclass(frozen=True)
 class Session:
@@ -104,10 +113,10 @@ def _mqar_sweep(args: Sequence[str]) -> int:
         args=args[1:],
     )
     names = [cell.name for cell in given.cells()]
-    from train.experiments.jobs import is_job, keep_compiled, run_jobs
+    from train.experiments.jobs import keep_compiled, run_jobs
     from train.experiments.mqar_sweep import run_sweep
 
-    if given.jobs != 1 and not is_job():
+    if given.several:
         return run_jobs(["mqar", "sweep", *args], given.jobs, given.output, names)
     keep_compiled()
     return run_sweep(given, given.output, given.max_minutes)
@@ -139,13 +148,14 @@ def scaling(args: Sequence[str]) -> int:
         description=SCALING_HELP,
         args=args,
     )
-    from train.experiments.jobs import is_job, keep_compiled, run_jobs
+    from train.experiments.jobs import keep_compiled, run_jobs
     from train.experiments.scaling import run_ladder
     from train.experiments.text import tokenize_once, tokenizer_of
 
+    several = given.several
     given.cells(given.output)  # what cannot work is refused before a vocabulary is learned
     sweep = dataclasses.replace(given, base=tokenizer_of(given.base, given.vocab_size, given.output))
-    if given.jobs != 1 and not is_job():
+    if several:
         tokenize_once(sweep.base)
         names = [cell.name for cell in sweep.cells(given.output)]
         return run_jobs(["scaling", *args], given.jobs, given.output, names)
@@ -183,13 +193,14 @@ def ablation(args: Sequence[str]) -> int:
     if args and args[0] == "report":
         return tyro.cli(_ablation_report, prog="dmattn ablation report", args=args[1:])
     given = tyro.cli(AblationArguments, prog="dmattn ablation", description=ABLATION_HELP, args=args)
+    several = given.several
     given.cells(given.output)  # what cannot work is refused before a vocabulary is learned
     from train.experiments.ablation import run_ablations
-    from train.experiments.jobs import is_job, keep_compiled, run_jobs
+    from train.experiments.jobs import keep_compiled, run_jobs
     from train.experiments.text import tokenize_once, tokenizer_of
 
     sweep = dataclasses.replace(given, base=tokenizer_of(given.base, given.vocab_size, given.output))
-    if given.jobs != 1 and not is_job():
+    if several:
         tokenize_once(sweep.base)
         return run_jobs(
             ["ablation", *args], given.jobs, given.output, [cell.name for cell in sweep.cells(given.output)]

@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from train.errors import ConfigError
 from train.experiments.results import JOBS, RESULT
 from train.interrupt import Interrupt
 from train.monitor import say
@@ -55,10 +54,7 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
 
     Each takes the cells that no other has begun; what it says goes to `output/job-<number>.log`. SIGTERM and SIGINT are
     passed on, so that all save and end. cells: the folders below `output` that the bar counts.
-    Raises: ConfigError unless jobs >= 1.
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs must be >= 1, got {jobs}")
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "train.cli", *args]
     devices = visible_gpus(os.environ)
@@ -85,11 +81,13 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
         _count(bar, output, cells)
     if (output / "table.md").exists():
         say((output / "table.md").read_text(encoding="utf-8"))
-    failed = [(number, process.returncode) for number, process in enumerate(processes) if process.returncode]
+    codes = [process.returncode for process in processes]
+    # One that a signal killed before it could say so ends as in a shell.
+    failed = [(number, code if code > 0 else 128 - code) for number, code in enumerate(codes) if code]
     for number, code in failed:
         tail = (output / f"job-{number}.log").read_text(errors="replace").strip().splitlines()[-1:]
         say(f"process {number} ended with {code}: {' '.join(tail)} ({output / f'job-{number}.log'})")
-    return abs(failed[0][1]) if failed else 0
+    return failed[0][1] if failed else 0
 
 
 def _count(bar: tqdm, output: Path, cells: Sequence[str]) -> None:
