@@ -30,7 +30,6 @@ from dmattn_jax.decoding import Rows, advance, empty_rows, read_chunk
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 from dmattn_jax.sampling import Sampling, row_sampling
 
-
 ENOUGH_SECONDS = 30
 """Measurements are not repeated beyond so long: dense attention takes minutes to read a million tokens."""
 

@@ -311,6 +311,12 @@ def _longeval(args: Sequence[str]) -> int:
     return _parse(longeval, "dmattn longeval", args)
 
 
+def _ablation(args: Sequence[str]) -> int:
+    from train.experiments.commands import ablation
+
+    return ablation(args)
+
+
 def _scaling(args: Sequence[str]) -> int:
     from train.experiments.commands import scaling
 
@@ -330,6 +336,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "tokenizer": ("train a tokenizer", _tokenizer),
     "mqar": ("associative recall: one model, or a sweep of variants", _mqar),
     "scaling": ("scaling laws of the attention variants", _scaling),
+    "ablation": ("what each part of dynamic-mask attention does", _ablation),
     "needle": ("find a needle in a haystack, by length and depth", _needle),
     "longeval": ("find a line among many, by length and depth", _longeval),
     "explain": ("which attention implementation runs here, and why", lambda a: _parse(explain, "dmattn explain", a)),

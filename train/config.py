@@ -18,8 +18,9 @@ class DataConfig:
     """Where text comes from and how it becomes tokens.
 
     source: `stdlib` (the Python standard library's own sources, found on any machine), `packages` (those, and the
-      code and prose of all installed packages, each file once), a directory, a glob, or a file; `.txt`, `.py`, `.md`, … are one document a file, `.jsonl` and `.parquet` one document a row
-      (`text_field`), `.npy` an array of already tokenised int tokens; `hf:NAME` streams a Hugging Face dataset.
+      code and prose of all installed packages, each file once), a directory, a glob, or a file; `.txt`, `.py`, `.md`,
+      … are one document a file, `.jsonl` and `.parquet` one document a row (`text_field`), `.npy` an array of already
+      tokenised int tokens; `hf:NAME` streams a Hugging Face dataset.
     tokenizer: `bytes`, or the path of a `tokenizer.json`.
     validation_fraction: share of whole files (or whole rows of a single file) held out for validation.
     """

@@ -45,7 +45,8 @@ class HarnessModel(TemplateLM):
         best: bool = False,
         **unused: Any,
     ) -> None:
-        """Either what `open_model` takes (a run's folder, for example), or a model and its tokenizer. unused: what lm_eval passes to every model.
+        """Either what `open_model` takes (a run's folder, for example), or a model and its tokenizer. unused: what
+        lm_eval passes to every model.
 
         Raises: ValueError when neither is given, or on a batch size that is not a number.
         """

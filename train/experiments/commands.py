@@ -1,4 +1,4 @@
-"""The experiments that train models, on the command line. What computes is imported when it runs, after the arguments are checked."""
+"""The experiments that train models, on the command line. What computes is imported once the arguments are checked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tyro
 from configs.mqar import SWEEPS
 from configs.scaling import LADDER_20M
 from train.errors import ConfigError
+from train.experiments.ablation_config import AblationSweep
 from train.experiments.mqar_config import MQARConfig, MQARSweep, resolve
 from train.experiments.scaling_config import ScalingSweep
 
@@ -39,6 +40,27 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bounds:
+    """How long a session may take, and of how many processes it is. Inherited by what it bounds: a prefix that is left
+    out would be left out of the fields of a cell too."""
+
+    max_minutes: float | None = None
+    """Stop after so many minutes with a checkpoint, for the same command to continue."""
+    jobs: int = 1
+    """Processes that share the cells, and the GPUs of this machine. Small models leave a GPU idle most of the time; but
+    speeds are only comparable with one process a GPU."""
+
+    @property
+    def several(self) -> bool:
+        """Whether this process is to start others. Raises: ConfigError unless jobs >= 1."""
+        from train.experiments.jobs import is_job
+
+        if self.jobs < 1:
+            raise ConfigError(f"jobs must be >= 1, got {self.jobs}")
+        return self.jobs > 1 and not is_job()
+
+
+@dataclasses.dataclass(frozen=True)
 class Session:
     """Where results go, and how long this session may take."""
 
@@ -55,15 +77,9 @@ class CellArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepArguments(MQARSweep):
-    # Inherited, because a prefix that is left out is left out of the cell's fields too.
+class SweepArguments(MQARSweep, Bounds):
     output: Path = Session.output
     """The folder of the cells: each has its own below it."""
-    max_minutes: float | None = None
-    """Stop after so many minutes with a checkpoint, for the same command to continue."""
-    jobs: int = 1
-    """Processes that share the cells, and the GPUs of this machine. Small models leave a GPU idle most of the time; but
-    speeds are only comparable with one process a GPU."""
 
 
 def mqar(args: Sequence[str]) -> int:
@@ -97,10 +113,10 @@ def _mqar_sweep(args: Sequence[str]) -> int:
         args=args[1:],
     )
     names = [cell.name for cell in given.cells()]
-    from train.experiments.jobs import is_job, keep_compiled, run_jobs
+    from train.experiments.jobs import keep_compiled, run_jobs
     from train.experiments.mqar_sweep import run_sweep
 
-    if given.jobs != 1 and not is_job():
+    if given.several:
         return run_jobs(["mqar", "sweep", *args], given.jobs, given.output, names)
     keep_compiled()
     return run_sweep(given, given.output, given.max_minutes)
@@ -116,14 +132,9 @@ def _mqar_report(output: Annotated[Path, tyro.conf.Positional] = Path("runs/mqar
 
 
 @dataclasses.dataclass(frozen=True)
-class ScalingArguments(ScalingSweep):
+class ScalingArguments(ScalingSweep, Bounds):
     output: Path = Path("runs/scaling")
     """The folder of the runs: each is a run's folder below it."""
-    max_minutes: float | None = None
-    """Stop after so many minutes with a checkpoint, for the same command to continue."""
-    jobs: int = 1
-    """Processes that share the cells, and the GPUs of this machine. Small models leave a GPU idle most of the time; but
-    speeds are only comparable with one process a GPU."""
 
 
 def scaling(args: Sequence[str]) -> int:
@@ -137,13 +148,14 @@ def scaling(args: Sequence[str]) -> int:
         description=SCALING_HELP,
         args=args,
     )
-    from train.experiments.jobs import is_job, keep_compiled, run_jobs
+    from train.experiments.jobs import keep_compiled, run_jobs
     from train.experiments.scaling import run_ladder
     from train.experiments.text import tokenize_once, tokenizer_of
 
+    several = given.several
     given.cells(given.output)  # what cannot work is refused before a vocabulary is learned
     sweep = dataclasses.replace(given, base=tokenizer_of(given.base, given.vocab_size, given.output))
-    if given.jobs != 1 and not is_job():
+    if several:
         tokenize_once(sweep.base)
         names = [cell.name for cell in sweep.cells(given.output)]
         return run_jobs(["scaling", *args], given.jobs, given.output, names)
@@ -154,6 +166,52 @@ def scaling(args: Sequence[str]) -> int:
 def _scaling_report(output: Annotated[Path, tyro.conf.Positional] = Path("runs/scaling")) -> int:
     """Fit, table and figure of a folder of runs again."""
     from train.experiments.scaling import report
+
+    report(output)
+    print((output / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+ABLATION_HELP = """Ablations of dynamic-mask attention on real text: tie order, gate, windows, margin, sliding window.
+
+The same command again continues what was interrupted and skips what is done.
+
+Examples:
+  dmattn ablation --jobs 4 --max-minutes 60
+  dmattn ablation --ablations dma swa earlier_ties --seeds 0 1 2 --base.steps 4000
+  dmattn ablation report runs/ablation"""
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationArguments(AblationSweep, Bounds):
+    output: Path = Path("runs/ablation")
+    """The folder of the runs: each is a run's folder below it."""
+
+
+def ablation(args: Sequence[str]) -> int:
+    """`dmattn ablation`: the runs, or `report`."""
+    if args and args[0] == "report":
+        return tyro.cli(_ablation_report, prog="dmattn ablation report", args=args[1:])
+    given = tyro.cli(AblationArguments, prog="dmattn ablation", description=ABLATION_HELP, args=args)
+    several = given.several
+    given.cells(given.output)  # what cannot work is refused before a vocabulary is learned
+    from train.experiments.ablation import run_ablations
+    from train.experiments.jobs import keep_compiled, run_jobs
+    from train.experiments.text import tokenize_once, tokenizer_of
+
+    sweep = dataclasses.replace(given, base=tokenizer_of(given.base, given.vocab_size, given.output))
+    if several:
+        tokenize_once(sweep.base)
+        return run_jobs(
+            ["ablation", *args], given.jobs, given.output, [cell.name for cell in sweep.cells(given.output)]
+        )
+    keep_compiled()
+    return run_ablations(sweep, given.output, given.max_minutes)
+
+
+def _ablation_report(output: Annotated[Path, tyro.conf.Positional] = Path("runs/ablation")) -> int:
+    """Draw the table and the figures of a folder of runs again."""
+    from train.experiments.ablation import report
 
     report(output)
     print((output / "table.md").read_text(encoding="utf-8"))

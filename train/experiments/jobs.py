@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from train.errors import ConfigError
 from train.experiments.results import JOBS, RESULT
 from train.interrupt import Interrupt
 from train.monitor import say
@@ -55,10 +54,7 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
 
     Each takes the cells that no other has begun; what it says goes to `output/job-<number>.log`. SIGTERM and SIGINT are
     passed on, so that all save and end. cells: the folders below `output` that the bar counts.
-    Raises: ConfigError unless jobs >= 1.
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs must be >= 1, got {jobs}")
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "train.cli", *args]
     devices = visible_gpus(os.environ)
@@ -80,16 +76,26 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
                 for process in processes:
                     process.send_signal(interrupt.signal)
                 told = True
-            bar.n = sum((output / cell / RESULT).exists() for cell in cells)
-            bar.refresh()
+            _count(bar, output, cells)
             time.sleep(0.5)
-        bar.n = sum((output / cell / RESULT).exists() for cell in cells)
-        bar.refresh()
-    failed = [(number, process.returncode) for number, process in enumerate(processes) if process.returncode]
+        _count(bar, output, cells)
+    if (output / "table.md").exists():
+        say((output / "table.md").read_text(encoding="utf-8"))
+    codes = [process.returncode for process in processes]
+    # One that a signal killed before it could say so ends as in a shell.
+    failed = [(number, code if code > 0 else 128 - code) for number, code in enumerate(codes) if code]
     for number, code in failed:
         tail = (output / f"job-{number}.log").read_text(errors="replace").strip().splitlines()[-1:]
         say(f"process {number} ended with {code}: {' '.join(tail)} ({output / f'job-{number}.log'})")
-    return abs(failed[0][1]) if failed else 0
+    return failed[0][1] if failed else 0
+
+
+def _count(bar: tqdm, output: Path, cells: Sequence[str]) -> None:
+    """Shows how many are done; drawn anew when that changes, and on a terminal every time, for its clock."""
+    done = sum((output / cell / RESULT).exists() for cell in cells)
+    bar.update(done - bar.n)
+    if sys.stderr.isatty():
+        bar.refresh()
 
 
 def keep_compiled() -> None:
@@ -97,5 +103,5 @@ def keep_compiled() -> None:
 
     JAX_COMPILATION_CACHE_DIR names another folder.
     """
-    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+    if jax.default_backend() != "cpu" and not jax.config.values.get("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", str(user_cache("compiled")))

@@ -25,7 +25,7 @@ VOCABULARY_CHARACTERS = 32_000_000
 
 
 def tokenizer_of(config: TrainConfig, vocab_size: int, folder: Path) -> TrainConfig:
-    """The configuration with a BPE vocabulary of that size, `folder/tokenizer.json`, which is trained unless it is there.
+    """The configuration with a BPE vocabulary of that size: `folder/tokenizer.json`, trained unless it is there.
 
     vocab_size: 0 leaves the configuration alone. Raises: ConfigError on a size that no vocabulary can have.
     """
