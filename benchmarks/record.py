@@ -23,9 +23,9 @@ def write(output: Path | None, options: Any, rows: Sequence[dict[str, Any]], **m
         "command": sys.argv,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "options": {**asdict(options), "output": str(output)},
+        "options": asdict(options),
         **more,
         "rows": list(rows),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    output.write_text(json.dumps(record, indent=1, default=str) + "\n")

@@ -188,11 +188,13 @@ def _rows(array: Array, index: Int32[Array, "B K c"]) -> Array:
 
 def _cudnn_runs(query: jax.Array, key: jax.Array) -> bool:
     """Whether cuDNN's flash attention takes these shapes: half precision, T = S, head sizes in eights up to 256 on
-    Hopper and later, up to 128 before."""
+    Hopper and later, up to 128 before. JAX differentiates it for even lengths only."""
+    queries, head_dim = query.shape[1], query.shape[3]
+    if queries != key.shape[1] or queries % 2 or head_dim % 8:
+        return False
     if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     device = jax.devices()[0]
     if "cuda" not in device.client.platform_version.lower() or float(device.compute_capability) < 8.0:
         return False
-    largest = 256 if float(device.compute_capability) >= 9.0 else 128
-    return query.shape[1] == key.shape[1] and query.shape[3] <= largest and query.shape[3] % 8 == 0
+    return head_dim <= (256 if float(device.compute_capability) >= 9.0 else 128)
