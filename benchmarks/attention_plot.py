@@ -28,7 +28,10 @@ COLOURS = {
 
 def main(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]) -> None:
     """source: the measurements. target: the picture, a PNG."""
-    record = json.loads(source.read_text())
+    draw(json.loads(source.read_text()), target)
+
+
+def draw(record: dict[str, Any], target: Path) -> None:
     gate = record["options"]["gates"][0]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, direction, title in zip(

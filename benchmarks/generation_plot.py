@@ -21,7 +21,10 @@ MARKS = {"prefill": ("o-", "read"), "decode": ("s--", "drawn after a prompt"), "
 
 def main(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]) -> None:
     """source: the measurements. target: the picture, a PNG."""
-    record = json.loads(source.read_text())
+    draw(json.loads(source.read_text()), target)
+
+
+def draw(record: dict[str, Any], target: Path) -> None:
     rows = [row for row in record["rows"] if not row["error"]]
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     speed, memory = figure.subplots(1, 2)

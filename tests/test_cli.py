@@ -227,6 +227,19 @@ def test_a_real_interrupt_leaves_no_traceback(trained):
     assert b"Traceback" not in errors
 
 
+def test_the_server_listens_on_loopback_unless_told(trained, monkeypatch):
+    asked = []
+
+    def serve(engine, tokenizer, name, *, host, port):
+        engine.close()
+        asked.append((name, host, port))
+
+    monkeypatch.setattr("serve.run.serve", serve)
+    assert cli.main(["serve", str(trained)]) == 0
+    assert cli.main(["serve", str(trained), "--host", "0.0.0.0", "--name", "it"]) == 0
+    assert asked == [("trained", "127.0.0.1", 8000), ("it", "0.0.0.0", 8000)]
+
+
 @pytest.mark.slow
 def test_interrupting_the_server_ends_its_streams_and_leaves_no_traceback(trained):
     with socket.socket() as free:

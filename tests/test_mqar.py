@@ -161,6 +161,9 @@ class Calls:
 
 def test_a_cell_has_its_numbers_and_is_not_trained_twice(tmp_path):
     config = resolve(dataclasses.replace(TINY, attention="swa", num_layers=1, epochs=1, eval_every=9, target=1e-9))
+    assert make_programs(config).steps == 12
+    assert make_programs(dataclasses.replace(config, steps=4)).steps == 6, "whole calls of three steps"
+    assert make_programs(dataclasses.replace(config, steps=40)).steps == 12
     with compile_cache(tmp_path / "cache"):
         result = train_cell(config, tmp_path, Deadline(None)).result
     assert result is not None

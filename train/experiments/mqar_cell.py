@@ -148,7 +148,7 @@ class _Session:
                 self.bar.set_postfix(loss=f"{losses[-1].mean():.3f}", accuracy=f"{self.accuracy:.3f}", refresh=False)
                 self._refuse_divergence(metrics)
                 if self.step >= self.programs.steps:
-                    stopped = "epochs"
+                    stopped = "epochs" if config.steps is None else "steps"
                 elif config.minutes is not None and self.seconds >= 60 * config.minutes:
                     stopped = "time"
                 if stopped is not None or self.step % config.eval_every == 0:

@@ -44,6 +44,9 @@ class MQARConfig:
     test_examples: int = 1_000
     epochs: float = 100
     """Passes over the training examples, at most."""
+    steps: int | None = None
+    """Steps at most, after which the cosine has ended; None: as many as the epochs have. A sweep that must end in time
+    gives all lengths equal steps, of equal tokens."""
     target: float = 0.99
     """Test accuracy at which training stops."""
     minutes: float | None = None
@@ -99,7 +102,7 @@ class MQARSweep:
 
 
 def resolve(config: MQARConfig) -> MQARConfig:
-    """The same with a number for every None but `minutes`.
+    """The same with a number for every None but `minutes` and `steps`.
 
     512 pairs at a length of 1,024 are impossible, since pairs and queries need 4·pairs <= length: 256 there.
     Raises: ConfigError naming what cannot work.
@@ -143,6 +146,8 @@ def resolve(config: MQARConfig) -> MQARConfig:
     for name in ("epochs", "learning_rate", "power", "init_std"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name.replace('_', '-')} must be > 0, got {getattr(config, name)}")
+    if config.steps is not None:
+        _at_least_one(config, "steps")
     if config.minutes is not None and not config.minutes > 0:
         raise ConfigError(f"minutes must be > 0, got {config.minutes}")
     return config

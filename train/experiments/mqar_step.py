@@ -47,7 +47,8 @@ def make_programs(config: MQARConfig) -> Programs:
     batch = config.batch_size
     skeleton = skeleton_of(config, lambda rngs: RecallModel(config, rngs=rngs))
     per_epoch = config.train_examples // batch
-    calls = max(1, math.ceil(config.epochs * per_epoch / config.scan_steps))
+    wanted = config.epochs * per_epoch if config.steps is None else min(config.steps, config.epochs * per_epoch)
+    calls = max(1, math.ceil(wanted / config.scan_steps))
     steps = calls * config.scan_steps
     recipe = OptimizerConfig(
         schedule="cosine", warmup_fraction=0.0, decay_fraction=0.0, b2=0.999, weight_decay=config.weight_decay

@@ -86,11 +86,16 @@ def report(output: Path) -> None:
         raise ConfigError(f"no finished cell below {output}")
     groups = group_results(iter(results))
     write_json(output / "results.json", results)
-    write_text(output / "table.md", table(groups) + _speeds(results))
+    write_text(output / "table.md", tables(results))
     plot(groups, output / "accuracy.png")
 
 
-def table(groups: list[Group]) -> str:
+def tables(results: list[dict[str, Any]]) -> str:
+    """Accuracies, and speeds below them."""
+    return _table(group_results(iter(results))) + _speeds(results)
+
+
+def _table(groups: list[Group]) -> str:
     """Accuracy as Markdown: widths and variants by lengths."""
     tasks = sorted({(group.length, group.pairs) for group in groups})
     rows = sorted({(group.dim, VARIANTS.index(group.attention), group.attention) for group in groups})

@@ -107,6 +107,14 @@ def report(output: Path, samples: int = 300) -> None:
     results = list(read_results(output))
     if not results:
         raise ConfigError(f"no finished run below {output}")
+    fit = fit_of(results, samples)
+    write_json(output / "results.json", {"runs": results, "fit": None if fit is None else describe_fit(fit)})
+    write_text(output / "table.md", table(results, fit))
+    plot(results, fit, output / "scaling.png")
+
+
+def fit_of(results: Sequence[Mapping[str, Any]], samples: int = 300) -> Fit | None:
+    """The laws of all variants with at least 3 sizes; None where they are too few."""
     points: dict[str, list[tuple[float, float]]] = {}
     for variant in VARIANTS:
         own = [(r["flops"], r["validation_loss"]) for r in results if r["attention"] == variant]
@@ -114,10 +122,7 @@ def report(output: Path, samples: int = 300) -> None:
             points[variant] = own
     # One number more than a floor and two for each variant.
     enough = sum(map(len, points.values())) > 1 + 2 * len(points)
-    fit = fit_power_laws(points, samples) if points and enough else None
-    write_json(output / "results.json", {"runs": results, "fit": None if fit is None else describe_fit(fit)})
-    write_text(output / "table.md", table(results, fit))
-    plot(results, fit, output / "scaling.png")
+    return fit_power_laws(points, samples) if points and enough else None
 
 
 def describe_fit(fit: Fit) -> dict[str, Any]:

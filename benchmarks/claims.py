@@ -1,0 +1,170 @@
+"""What papers and goals say, beside what was measured: each claim a row, from the records alone."""
+
+from __future__ import annotations
+
+import collections
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Records = Mapping[str, Any]
+"""Content of the files of one kind, by file name."""
+REPRODUCED, NOT, MIXED, NOT_RUN = "reproduced", "**not** reproduced", "mixed", "not run yet"
+REACHED, MISSED = "reached", "**not** reached"
+SAME_ACCURACY = 0.01
+RIVALS = ("mha", "swa", "mla", "nsa")
+
+
+class Claim(NamedTuple):
+    """One row of the table. verdict: one of those above."""
+
+    said: str
+    measured: str
+    verdict: str
+
+
+def verdict_of(better: int, same: int, worse: int) -> str:
+    """Of comparisons that went one way, the other, or neither."""
+    if better + same + worse == 0:
+        return NOT_RUN
+    if worse == 0:
+        return REPRODUCED
+    return NOT if better == 0 else MIXED
+
+
+def recall_claims(records: Records) -> list[Claim]:
+    """DMA against every other attention, cell by cell of the recall sweeps."""
+    found = collections.defaultdict(list)
+    for file, results in records.items():
+        for result in results:
+            config = result["config"]
+            cell = (file, config["length"], config["pairs"], config["dim"])
+            found[cell, config["attention"]].append(result["accuracy"])
+    return [_recall_claim(found, rival) for rival in RIVALS]
+
+
+def _recall_claim(found: Mapping[tuple[Any, str], list[float]], rival: str) -> Claim:
+    gaps = [
+        np.mean(own) - np.mean(found[cell, rival])
+        for (cell, name), own in found.items()
+        if name == "dma" and (cell, rival) in found
+    ]
+    better = sum(gap > SAME_ACCURACY for gap in gaps)
+    worse = sum(gap < -SAME_ACCURACY for gap in gaps)
+    same = len(gaps) - better - worse
+    measured = f"better in {better}, within {SAME_ACCURACY} in {same}, worse in {worse} of {len(gaps)} cells"
+    said = f"DMA recalls at least as much as {rival.upper()} (2508.02124)"
+    return Claim(said, measured if gaps else "", verdict_of(better, same, worse))
+
+
+def scaling_claims(records: Records) -> list[Claim]:
+    """DMA's loss against every other attention's, size by size of the ladders."""
+    from train.experiments.scaling import seed_spread
+
+    losses = collections.defaultdict(list)
+    for file, content in records.items():
+        for run in content["runs"]:
+            losses[(file, run["size"]), run["attention"]].append(run["validation_loss"])
+    spreads = [seed_spread(content["runs"]) for content in records.values()]
+    spread = max((one for one in spreads if one is not None), default=0.0)
+    claims = []
+    for rival in RIVALS:
+        gaps = [
+            float(np.mean(own) - np.mean(losses[size, rival]))
+            for (size, name), own in losses.items()
+            if name == "dma" and (size, rival) in losses
+        ]
+        better, worse = sum(gap < -2 * spread for gap in gaps), sum(gap > 2 * spread for gap in gaps)
+        measured = ""
+        if gaps:
+            measured = (
+                f"lower in {better}, higher in {worse} of {len(gaps)} sizes by more than two standard deviations over "
+                f"seeds ({2 * spread:.4f}); mean gap {np.mean(gaps):+.4f} nats"
+            )
+        said = f"DMA's loss is below {rival.upper()}'s at equal size and tokens (2508.02124)"
+        verdict = verdict_of(better, len(gaps) - better - worse, worse)
+        if verdict == REPRODUCED and not better:
+            verdict = NOT
+        claims.append(Claim(said, measured, verdict))
+    return claims
+
+
+def needle_claim(records: Records) -> Claim:
+    """Models that differ in their attention alone, by name: `6x512_dma_s0` and `6x512_mha_s0`."""
+    accuracy = {content["model"]: np.mean(content["accuracy"]) for content in records.values()}
+    pairs = [
+        (own, accuracy[name.replace("_dma_", "_mha_")])
+        for name, own in accuracy.items()
+        if "_dma_" in name and name.replace("_dma_", "_mha_") in accuracy
+    ]
+    better, worse = (sum(sign * (own - other) > 0 for own, other in pairs) for sign in (1, -1))
+    measured = "; ".join(f"{own:.0%} against {other:.0%} right" for own, other in pairs)
+    said = "DMA finds more needles than MHA, over all lengths (2508.02124)"
+    verdict = verdict_of(better, len(pairs) - better - worse, worse)
+    return Claim(said, measured, NOT if pairs and not better else verdict)
+
+
+def attention_claims(records: Records) -> list[Claim]:
+    """The kernel goals for the shape of the paper's Table 5, selection included, medians of one run."""
+    rows = [row for content in records.values() for row in content["rows"] if row["gate"] == "random"]
+    time = {
+        (row["what"], row["length"], row["window"], row["direction"]): statistics.median(row["milliseconds"])
+        for row in rows
+        if row["milliseconds"]
+    }
+    goals: Sequence[tuple[int, int, str, float, str]] = (
+        (32_768, 1024, "forward", 9, "cudnn dense"),
+        (32_768, 1024, "both", 7.5, "cudnn dense"),
+        (8192, 1024, "forward", 2, "cudnn dense"),
+        (8192, 1024, "both", 2, "cudnn dense"),
+        (131_072, 2048, "forward", 20, "cudnn dense"),
+    )
+    claims = []
+    for length, window, direction, goal, rival in goals:
+        own = time.get(("dma mosaic_gpu", length, window, direction))
+        # Dense attention has no window: any of the file's rows of that length is it.
+        other = next((t for (what, n, _, d), t in time.items() if (what, n, d) == (rival, length, direction)), None)
+        passes = "forward and backward" if direction == "both" else "forward"
+        said = f"goal: {length:,} tokens, w {window:,}, {passes} at least {goal:g}× faster than cuDNN dense"
+        if own is None or other is None:
+            claims.append(Claim(said, "", NOT_RUN))
+        else:
+            claims.append(Claim(said, f"{other / own:.1f}× ({own:.2f} ms)", REACHED if other / own >= goal else MISSED))
+    return claims
+
+
+def generation_claim(records: Records) -> Claim:
+    """Speed and memory of decoding, from the shortest context to the longest of each file."""
+    parts, flat = [], True
+    for file, content in records.items():
+        rows = [r for r in content["rows"] if (r["attention"], r["what"]) == ("dma", "decode") and not r["error"]]
+        if len(rows) < 2:
+            continue
+        # Below the window the cache is still filling.
+        rows = [r for r in rows if r["length"] >= content["options"]["window"]] or rows
+        first, last = min(rows, key=lambda r: r["length"]), max(rows, key=lambda r: r["length"])
+        speed = last["tokens_per_second"] / first["tokens_per_second"]
+        memory = last["cache_bytes"] / first["cache_bytes"]
+        flat &= speed > 0.9 and memory < 1.01
+        parts.append(
+            f"{speed:.0%} of the speed and {memory:.2f}× the cache at {last['length']:,} of those at "
+            f"{first['length']:,} ({file})"
+        )
+    said = "goal: decoding costs the same after any context: speed at least 90%, equal memory"
+    return Claim(said, "; ".join(parts), (REACHED if flat else MISSED) if parts else NOT_RUN)
+
+
+def dam_claim(records: Records) -> Claim:
+    """Perplexity through masks against dense."""
+    parts, near = [], True
+    for file, content in records.items():
+        found = {(row["name"], row["length"]): row["perplexity"] for row in content["results"]}
+        for (name, length), own in found.items():
+            if name == "dam" and ("dense", length) in found:
+                ratio = own / found["dense", length]
+                near &= ratio <= 1.01
+                parts.append(f"{ratio:.2f}× dense at {length:,} tokens ({file})")
+    said = "DAM stays within 1% of dense attention (2506.11104); here by perplexity of SmolLM2-135M"
+    return Claim(said, "; ".join(parts), (REPRODUCED if near else NOT) if parts else NOT_RUN)

@@ -1,0 +1,266 @@
+"""Writes docs/results.md and its figures from the records in benchmarks/results.
+
+    python -m benchmarks.report
+
+Records of experiments are the results.json of their commands, under a name of their kind: mqar_paper.json is
+runs/mqar/results.json, and so on; a kind without a record is said to be not run yet. No number is written by hand.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import claims
+from train.experiments import ablation, mqar_sweep, retrieval, scaling
+
+HERE = Path(__file__).parent
+PASSES = {"forward": "forward", "both": "forward + backward"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """From where to where."""
+
+    results: Path = HERE / "results"
+    output: Path = HERE.parent / "docs" / "results.md"
+    """Figures go to a folder beside it, of the same name."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One kind of record. write(file's name, content, folder of figures) -> Markdown; commands make the record."""
+
+    title: str
+    kind: str
+    write: Callable[[str, Any, Path], str]
+    commands: str
+
+
+def main(options: Options) -> None:
+    records = {section.kind: read(options.results, section.kind) for section in SECTIONS}
+    folder = options.output.with_suffix("")
+    parts = [
+        "# Results\n",
+        "Written by `python -m benchmarks.report` from [the records](../benchmarks/results/); no number is written by "
+        "hand. What was tried on the way is in the [journal](journal.md).\n",
+        "## What was said, and what was measured\n",
+        claims_table(records),
+    ]
+    for section in SECTIONS:
+        parts.append(f"## {section.title}\n")
+        found = records[section.kind]
+        if not found:
+            parts.append(f"**Not run yet.** The record is made by\n\n```bash\n{section.commands}\n```\n")
+        for name, content in found.items():
+            parts.append(f"[{name}.json](../benchmarks/results/{name}.json)\n")
+            parts.append(section.write(name, content, folder))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    print(options.output)
+
+
+def read(results: Path, kind: str) -> dict[str, Any]:
+    """Content of the records of a kind, by name without ending; those of an earlier state end in `_before`."""
+    paths = [path for path in sorted(results.glob(f"{kind}*.json")) if not path.stem.endswith("_before")]
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def claims_table(records: Mapping[str, claims.Records]) -> str:
+    rows = [
+        *claims.recall_claims({name: cells for name, cells in records["mqar"].items() if "paper" in name}),
+        *claims.scaling_claims(records["scaling"]),
+        claims.needle_claim(records["needle"]),
+        *claims.attention_claims(records["h200_attention"]),
+        claims.generation_claim(records["generation"]),
+        claims.dam_claim(records["dam"]),
+    ]
+    lines = ["| said | measured | |", "|---|---|---|"]
+    lines += [f"| {row.said} | {row.measured} | {row.verdict} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def recall(name: str, results: list[dict[str, Any]], figures: Path) -> str:
+    """Accuracy and speed by cell, which cells there are and how they ended."""
+    groups = mqar_sweep.group_results(iter(results))
+    mqar_sweep.plot(groups, figures / f"{name}.png")
+    seeds = sorted({result["config"]["seed"] for result in results})
+    stops = collections.Counter(result["stopped"] for result in results)
+    steps = sorted(result["steps"] for result in results)
+    said = (
+        f"{len(results)} cells on {_devices(results)}, seeds {', '.join(map(str, seeds))}, {steps[0]:,} to "
+        f"{steps[-1]:,} steps; stopped by {', '.join(f'{why} ({count})' for why, count in sorted(stops.items()))}."
+    )
+    return f"{said}\n\n{mqar_sweep.tables(results)}\n{_picture(name, 'Accuracy against width')}"
+
+
+def ladder(name: str, content: dict[str, Any], figures: Path) -> str:
+    """The fit is made again from the runs."""
+    runs = content["runs"]
+    fit = scaling.fit_of(runs)
+    scaling.plot(runs, fit, figures / f"{name}.png")
+    some = runs[0]["config"]
+    said = (
+        f"{len(runs)} runs on {_devices(runs)}; rows of {some['sequence_length']:,} tokens, window "
+        f"{some['model']['window']:,} or the variant's equal. Text: {'; '.join(sorted({run['text'] for run in runs}))}."
+    )
+    return f"{said}\n\n{scaling.table(runs, fit)}\n{_picture(name, 'Loss against compute, with the fits')}"
+
+
+def ablations(name: str, results: list[dict[str, Any]], figures: Path) -> str:
+    ablation.plot(results, figures / f"{name}.png")
+    ablation.draw_mask(results, figures / f"{name}_masks.png")
+    said = f"{len(results)} runs on {_devices(results)}. Text: {'; '.join(sorted({r['text'] for r in results}))}."
+    pictures = _picture(name, "Loss by seed, and distances of visible keys and of attention")
+    if (figures / f"{name}_masks.png").exists():
+        pictures += "\n" + _picture(f"{name}_masks", "Masks of the published method on held-out text")
+    return f"{said}\n\n{ablation.table(results)}\n{pictures}"
+
+
+def found_again(name: str, result: dict[str, Any], figures: Path) -> str:
+    """Needle or lines: a heat map of one model."""
+    retrieval.plot_grid(result, figures / f"{name}.png")
+    lines = ["| tokens | " + " | ".join(f"{length:,}" for length in result["lengths"]) + " |"]
+    lines.append("|---|" + "---|" * len(result["lengths"]))
+    lines.append("| right | " + " | ".join(f"{sum(row) / len(row):.0%}" for row in result["accuracy"]) + " |")
+    said = (
+        f"{result['model']}, asked in the form of a {result['form']}, {result['trials']} for each of "
+        f"{len(result['depths'])} depths, on {result['device']}."
+    )
+    return f"{said}\n\n" + "\n".join(lines) + f"\n\n{_picture(name, 'Right answers by length and depth')}"
+
+
+def generation(name: str, content: dict[str, Any], figures: Path) -> str:
+    from benchmarks.generation_plot import draw
+
+    draw(content, figures / f"{name}.png")
+    lines = ["| attention | | context | tokens/s | MiB of cache |", "|---|---|---|---|---|"]
+    for row in content["rows"]:
+        shown = row["error"] or f"{row['tokens_per_second']:,.0f}"
+        cache = f"{row['cache_bytes'] / 2**20:,.2f}" if row["cache_bytes"] else ""
+        lines.append(f"| {row['attention']} | {row['what']} | {row['length']:,} | {shown} | {cache} |")
+    shape = "{layers} layers of {hidden_size}, window {window}, batch {batch}, {dtype}".format(**content["options"])
+    picture = _picture(name, "Speed and memory against context")
+    return f"{shape}, on {content['device']}.\n\n" + "\n".join(lines) + f"\n\n{picture}"
+
+
+def train_step(name: str, content: dict[str, Any], figures: Path) -> str:
+    lines = ["| model | attention | sequences × tokens | tokens/s | MFU |", "|---|---|---|---|---|"]
+    for row in content["rows"]:
+        shown = row["error"] or f"{row['tokens_per_second']:,.0f}"
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+        lines.append(
+            f"| {row['preset']} | {row['attention']} | {row['sequences']} × {row['length']:,} | {shown} | {mfu} |"
+        )
+    return f"On {content['device']}.\n\n" + "\n".join(lines) + "\n"
+
+
+def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
+    from benchmarks.attention_plot import draw
+
+    draw(content, figures / f"{name}.png")
+    whats = ("dma mosaic_gpu", "cudnn dense", "cudnn sliding window")
+    found = {
+        (row["length"], row["window"], row["direction"], row["what"]): statistics.median(row["milliseconds"])
+        for row in content["rows"]
+        if row["gate"] == "random" and row["milliseconds"]
+    }
+    lines = ["| tokens, window | | " + " | ".join(f"{what}, ms" for what in whats) + " |", "|---|---|---|---|---|"]
+    for length, window, direction in dict.fromkeys(key[:3] for key in found if key[3] == whats[0]):
+        times = [found.get((length, window, direction, what)) for what in whats]
+        shown = " | ".join("" if time is None else f"{time:.2f}" for time in times)
+        lines.append(f"| {length:,}, {window:,} | {PASSES[direction]} | {shown} |")
+    said = f"On {content['device']}, JAX {content['jax']}; random gate, selection included, medians."
+    return f"{said}\n\n" + "\n".join(lines) + f"\n\n{_picture(name, 'Time of attention against length')}"
+
+
+def masks(name: str, content: dict[str, Any], figures: Path) -> str:
+    lines = ["| attention | tokens | density | perplexity | KL, nats | top-1 agreement |", "|---|---|---|---|---|---|"]
+    for row in content["results"]:
+        lines.append(
+            f"| {row['name']} | {row['length']:,} | {row['density']:.1%} | {row['perplexity']:.2f} | {row['kl']:.3f} | "
+            f"{row['agreement']:.1%} |"
+        )
+    return f"{content['model']} on {content['device']}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _devices(results: list[dict[str, Any]]) -> str:
+    return ", ".join(sorted({result["device"] for result in results}))
+
+
+def _picture(name: str, what: str) -> str:
+    return f"![{what}](results/{name}.png)\n"
+
+
+SECTIONS = (
+    Section(
+        "Multi-query associative recall",
+        "mqar",
+        recall,
+        "dmattn mqar sweep paper --jobs 6 --output runs/mqar\n"
+        "cp runs/mqar/results.json benchmarks/results/mqar_paper.json",
+    ),
+    Section(
+        "Scaling laws",
+        "scaling",
+        ladder,
+        "dmattn scaling --jobs 4 --output runs/scaling\n"
+        "cp runs/scaling/results.json benchmarks/results/scaling_packages.json",
+    ),
+    Section(
+        "Ablations",
+        "ablation",
+        ablations,
+        "dmattn ablation --jobs 4 --output runs/ablation\n"
+        "cp runs/ablation/results.json benchmarks/results/ablation_packages.json",
+    ),
+    Section(
+        "Needle in a haystack",
+        "needle",
+        found_again,
+        "dmattn needle runs/scaling/6x512_dma_s0      # and 6x512_mha_s0, …\n"
+        "cp runs/scaling/6x512_dma_s0/needle.json benchmarks/results/needle_6x512_dma.json",
+    ),
+    Section(
+        "LongEval lines",
+        "longeval",
+        found_again,
+        "dmattn longeval runs/scaling/6x512_dma_s0\n"
+        "cp runs/scaling/6x512_dma_s0/longeval.json benchmarks/results/longeval_6x512_dma.json",
+    ),
+    Section(
+        "Attention, alone",
+        "h200_attention",
+        kernels,
+        "dmattn bench attention --output benchmarks/results/h200_attention.json",
+    ),
+    Section(
+        "Training steps",
+        "h200_train_step",
+        train_step,
+        "dmattn bench train_step --output benchmarks/results/h200_train_step.json",
+    ),
+    Section(
+        "Generation at long contexts",
+        "generation",
+        generation,
+        "dmattn bench generation --output benchmarks/results/generation_h200.json",
+    ),
+    Section(
+        "Masks for a frozen model",
+        "dam",
+        masks,
+        "dmattn dam eval MODEL MASKS --text held-out --output benchmarks/results/dam_smollm2_512.json",
+    ),
+)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,91 @@
+"""docs/results.md is made of the records: what they say, what they contradict, and what is not run yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import claims, report
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def cell(attention: str, dim: int, accuracy: float, seed: int = 0, stopped: str = "epochs") -> dict:
+    config = {"attention": attention, "length": 64, "pairs": 4, "dim": dim, "seed": seed}
+    return {
+        "config": config, "accuracy": accuracy, "stopped": stopped, "steps": 10 * dim, "device": "gpu",
+        "tokens_per_second": 2e6, "sharing": 1,
+    }  # fmt: skip
+
+
+def run(size: str, attention: str, loss: float, seed: int = 0) -> dict:
+    return {"size": size, "attention": attention, "validation_loss": loss, "seed": seed}
+
+
+def test_recall_is_compared_cell_by_cell():
+    cells = [cell("dma", 32, 0.4), cell("mha", 32, 0.5), cell("dma", 64, 0.99), cell("mha", 64, 0.995)]
+    cells += [cell("dma", 128, 1.0, seed) for seed in (0, 1)] + [cell("mha", 128, 0.5), cell("nsa", 128, 0.2)]
+    found = {claim.said.split()[-2]: claim for claim in claims.recall_claims({"mqar_x": cells})}
+    assert found["MHA"].verdict == claims.MIXED
+    assert found["MHA"].measured == "better in 1, within 0.01 in 1, worse in 1 of 3 cells"
+    assert found["NSA"].verdict == claims.REPRODUCED
+    assert found["SWA"] == (found["SWA"].said, "", claims.NOT_RUN)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [
+        ((-0.1, -0.2), claims.REPRODUCED),
+        ((-0.1, 0.2), claims.MIXED),
+        ((0.1, 0.2), claims.NOT),
+        # nothing beyond the spread of seeds is no advantage
+        ((-0.001, 0.001), claims.NOT),
+    ],
+)
+def test_losses_are_compared_beyond_the_spread_of_seeds(gaps, verdict):
+    runs = [run("a", "swa", 2.0), run("a", "swa", 2.01, 1), run("b", "swa", 3.0)]
+    runs += [run("a", "dma", 2.005 + gaps[0]), run("b", "dma", 3.0 + gaps[1])]
+    found = {claim.said: claim for claim in claims.scaling_claims({"scaling_x": {"runs": runs}})}
+    claim = next(claim for said, claim in found.items() if "SWA" in said)
+    assert claim.verdict == verdict
+    assert "of 2 sizes by more than two standard deviations over seeds (0.0141)" in claim.measured
+
+
+def test_needles_of_models_that_differ_in_attention_alone():
+    def record(model: str, accuracy: list[list[float]]) -> dict:
+        return {"model": model, "accuracy": accuracy}
+
+    found = {"needle_a": record("6x512_dma_s0", [[1.0, 0.5]]), "needle_b": record("6x512_mha_s0", [[0.5, 0.5]])}
+    assert claims.needle_claim(found) == (claims.needle_claim(found).said, "75% against 50% right", claims.REPRODUCED)
+    assert claims.needle_claim({"needle_a": found["needle_a"]}).verdict == claims.NOT_RUN
+
+
+def test_the_page_is_written_from_the_records(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    for name in ("generation_cpu", "dam_smollm2_512", "h200_attention", "h200_attention_before"):
+        (results / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
+    cells = [cell("dma", dim, 0.25 * dim / 32, stopped="time") for dim in (32, 64)]
+    (results / "mqar_few.json").write_text(json.dumps(cells))
+    report.main(report.Options(results, tmp_path / "docs" / "results.md"))
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "2 cells on gpu, seeds 0, 320 to 640 steps; stopped by time (2)." in page
+    assert "| 64 | DMA | 0.500* |" in page
+    assert "| 64 tokens, width 32 | 2,000 |" in page
+    assert page.count("**Not run yet.**") == len(report.SECTIONS) - 4
+    assert "10.3× (1.45 ms) | reached |" in page
+    assert "_before" not in page
+    pictures = {path.name for path in (tmp_path / "docs" / "results").iterdir()}
+    assert pictures == {"mqar_few.png", "generation_cpu.png", "h200_attention.png"}
+    for picture in pictures:
+        assert f"](results/{picture})" in page
+
+
+def test_the_page_in_the_repository_is_of_the_records_in_it():
+    page = (RESULTS.parents[1] / "docs" / "results.md").read_text()
+    records = {section.kind: report.read(RESULTS, section.kind) for section in report.SECTIONS}
+    assert report.claims_table(records) in page, "run python -m benchmarks.report again"
+    for name in (name for found in records.values() for name in found):
+        assert f"[{name}.json](../benchmarks/results/{name}.json)" in page
