@@ -34,6 +34,16 @@ def test_recall_is_compared_cell_by_cell():
     assert found["SWA"] == (found["SWA"].said, "", claims.NOT_RUN)
 
 
+def test_cells_ended_by_their_minutes_decide_nothing():
+    cells = [cell("dma", 32, 0.9), cell("mha", 32, 0.1, stopped="time"), cell("swa", 32, 0.1)]
+    cells += [cell("dma", 64, 0.1, stopped="time"), cell("swa", 64, 0.9)]
+    found = {claim.said.split()[-2]: claim for claim in claims.recall_claims({"mqar_x": cells})}
+    assert found["MHA"].verdict == claims.OPEN
+    assert found["MHA"].measured == "1 cut short by time, which decide nothing"
+    assert found["SWA"].verdict == claims.REPRODUCED
+    assert found["SWA"].measured.endswith("of 1 cells; 1 cut short by time, which decide nothing")
+
+
 @pytest.mark.parametrize(
     ("gaps", "verdict"),
     [
