@@ -1,0 +1,66 @@
+"""The Hopper kernels on a machine without a GPU: JAX's GPU interpreter (from JAX 0.12), with its race detection on.
+
+It simulates blocks, warpgroups, TMA copies and barriers, but not a product whose left side or running sum is in
+registers. Those are ordinary products here, in the same place of the program. Elementwise kernels with computed reads
+keep their XLA form, as on any CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import MOSAIC_GPU
+
+AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
+
+
+class Sum:
+    """A running sum in registers."""
+
+    def __init__(self, start: jax.Array):
+        self.value = start
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None:
+    """Until the test ends, "mosaic_gpu" runs on this machine. Few multiprocessors, so that each has pieces in turn."""
+    kernel, multiply, arrive = plgpu.kernel, plgpu.wgmma, plgpu.barrier_arrive
+
+    def interpreted(*args: Any, **options: Any) -> Any:
+        if "num_threads" in options:
+            options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+        return kernel(*args, **options)
+
+    def run_state(body: Any) -> Any:
+        def run(sums: Any) -> Any:
+            body(sums)
+            return jax.tree.map(lambda each: each.value, sums)
+
+        return run
+
+    def wgmma(sums: Any, left: Any, right: Any) -> None:
+        if isinstance(sums, Sum):
+            left = left if isinstance(left, jax.Array) else left[...]
+            sums.value = sums.value + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+        else:
+            multiply(sums, left, right)
+
+    def barrier_arrive(barrier: Any) -> None:
+        # A plain read of shared memory has ended when its thread arrives; the interpreter wants a fence before TMA may
+        # write there. Reads after the arrival stay races.
+        plgpu.commit_smem()
+        arrive(barrier)
+
+    monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
+    monkeypatch.setattr(sys.modules["pallas_kernels.gpu.forward"], "multiprocessors", lambda: multiprocessors)
+    monkeypatch.setattr(plgpu, "kernel", interpreted)
+    monkeypatch.setattr(plgpu, "wgmma", wgmma)
+    monkeypatch.setattr(plgpu, "barrier_arrive", barrier_arrive)
+    monkeypatch.setattr(plgpu.ACC, "init", staticmethod(Sum))
+    monkeypatch.setattr(pl, "run_state", run_state)
