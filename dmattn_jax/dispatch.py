@@ -40,8 +40,7 @@ def explain() -> str:
         reason = entry.unavailable()
         if reason is not None:
             lines.append(f"not {entry.name}: {reason}")
-    if chosen.name != "xla":
-        lines.append("float32, float64 and head sizes it does not take run on: xla")
-    elif jax.default_backend() != "cpu":
+    lines += chosen.limits()
+    if chosen.name == "xla" and jax.default_backend() != "cpu":
         lines.append("xla is the portable path: right everywhere, not tuned for this device")
     return "\n".join(lines)

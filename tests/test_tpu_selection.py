@@ -79,6 +79,6 @@ def test_special_numbers_rank_as_they_do_elsewhere(segments):
 
 
 def test_shapes_it_does_not_take():
-    documents = document_bounds(None, 1, 20_000)
-    gate = jnp.zeros((1, 1, 20_000))
-    assert select(gate, (9000,), documents.start, documents.end, queries=20_000, blocks=SMALL) is None
+    documents = document_bounds(None, 1, 40_000)
+    gate = jnp.zeros((1, 1, 40_000))
+    assert select(gate, (33_000,), documents.start, documents.end, queries=40_000, blocks=SMALL) is None

@@ -16,9 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import EpochLists
-from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode, list_bytes
+from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode
 from pallas_kernels.tpu.stream import tile_ranges
 from pallas_kernels.tpu.tiles import LOG2E, NN, NT, Rows, columns, fold_lanes, parts, product, visits
+from pallas_kernels.tpu.vmem import dkey_bytes
 
 
 def key_gradients(
@@ -29,11 +30,12 @@ def key_gradients(
     lists: EpochLists | None,
     entry_slot: Int32[Array, "B K T"] | None,
     *,
+    before: bool,
     scale: float,
     sizes: TpuBlockSizes,
-) -> tuple[Array, Array, Array, tuple[Array, Array, Array]]:
-    """dkey, dvalue [B, K, N, D] and dbias [B, K, 1, N] of the queries' own positions, N = T, and the same of the slots
-    that epoch 0 carries; without lists of all keys, N = blocks · C, and the second three are empty.
+) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+    """dkey, dvalue [B, K, N, D] and dbias [B, K, 1, N] of the queries' own positions, N = T, and, where there are keys
+    `before` the first query, the same of the slots that epoch 0 carries; without lists of all keys, N = blocks · C.
 
     stats as in `query_gradient`.
     """
@@ -130,11 +132,13 @@ def key_gradients(
             for table, ref in zip(tables, later, strict=True):
                 ref[...] = table[:carried, :]
 
-            @pl.when(epoch == blocks - 1)
-            def _first():
-                first_outs[0][...] = dkey[:carried, :] * scale
-                first_outs[1][...] = dvalue[:carried, :]
-                first_outs[2][...] = dbias[:carried, :].T.sum(axis=0, keepdims=True)
+            if before:
+
+                @pl.when(epoch == blocks - 1)
+                def _first():
+                    first_outs[0][...] = dkey[:carried, :] * scale
+                    first_outs[1][...] = dvalue[:carried, :]
+                    first_outs[2][...] = dbias[:carried, :].T.sum(axis=0, keepdims=True)
 
     def block(number):
         """Blocks go from the last to the first: what a later epoch collected is needed by the one before."""
@@ -182,10 +186,13 @@ def key_gradients(
             tile_ranges(entry_slot, carried, capacity),
             entry_slot[:, :, :, None],
         ]
-        for shape in ((carried, dim), (carried, dim), (1, carried)):
+        for shape in ((carried, dim), (carried, dim), (1, carried)) if before else ():
             out_specs.append(pl.BlockSpec((None, None, *shape), lambda b, k, n, t: (b, k, 0, 0)))
             out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.float32))
         scratch += [pltpu.VMEM((carried, width), jnp.float32) for width in widths]
+    needed = dkey_bytes(
+        capacity, carried, own, count, dim, dtype.itemsize, listed=lists is not None, before=bool(lists) and before
+    )
     dkey, dvalue, dbias, *of_first = pl.pallas_call(
         body,
         grid=(batch, kv_heads, blocks, tiles),
@@ -193,9 +200,7 @@ def key_gradients(
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=scratch,
-        compiler_params=compiler_params(
-            "parallel", "parallel", "arbitrary", "arbitrary", vmem=list_bytes(capacity, carried, dim)
-        ),
+        compiler_params=compiler_params("parallel", "parallel", "arbitrary", "arbitrary", needed=needed),
         interpret=interpret_mode(),
         name="interval_attention_dkey",
     )(*inputs)

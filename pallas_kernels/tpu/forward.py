@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode, list_bytes
+from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode
 from pallas_kernels.tpu.tiles import NN, Rows, fold_lanes, logits, product, row, visible, walk
+from pallas_kernels.tpu.vmem import forward_bytes
 
 
 def attend(
@@ -88,7 +89,11 @@ def attend(
             pltpu.VMEM((count, dim), jnp.float32),
         ],
         compiler_params=compiler_params(
-            "parallel", "parallel", "parallel", "arbitrary", vmem=list_bytes(capacity, 0, dim)
+            "parallel",
+            "parallel",
+            "parallel",
+            "arbitrary",
+            needed=forward_bytes(capacity, count, dim, query.dtype.itemsize, wide),
         ),
         interpret=interpret_mode(),
         name="interval_attention_forward",
