@@ -29,15 +29,11 @@ def attend(
 ) -> Float[Array, "B T H D"]:
     """`function(query, key, value[, gate], segment_ids=[, window=])` over batch and heads of the active mesh.
 
-    Raises: ValueError when the mesh's tensor axis does not divide the kv heads.
+    Where the mesh's tensor axis does not divide the kv heads, each of its devices attends with all of them.
     """
-    shards = axis_size("kv_heads")
-    heads = key.shape[2]
+    heads, shards = key.shape[2], axis_size("kv_heads")
     if heads % shards:
-        raise ValueError(
-            f"num_kv_heads must be a multiple of the mesh's tensor axis, got {heads} kv heads on {shards} devices: "
-            "use a smaller tensor axis or more kv heads"
-        )
+        shards = 1
     arrays = [query, key, value]
     names: list[tuple[str | None, ...]] = [QUERY, KEY, KEY]
     if gate is not None:
@@ -60,7 +56,7 @@ def attend(
         # Windows are static, so each device picks the program of its own heads.
         return jax.lax.switch(jax.lax.axis_index("tensor"), [with_window(window) for window in own])
 
-    return map_over_mesh(local, arrays, names, QUERY)
+    return map_over_mesh(local, arrays, names, QUERY, whole=() if shards > 1 else ("heads", "kv_heads"))
 
 
 def attend_window_cache(
