@@ -73,13 +73,16 @@ def sizes_for(options: Options) -> Any:
 
 Kernel = Literal["selection", "forward", "dquery", "dkey", "stream", "splash"]
 # Names that kernels have in the dump, and how many 128 × 128 blocks each of their matrix loops handles, in the order of
-# the schedule: `tiles.walk` has a wide step, a masked pair and a masked single tile; splash has one step.
+# the schedule: `tiles.walk` has a wide step, a masked pair and a masked single tile, each as long for keys' gradients as
+# a pair; splash has one step.
 # 1,024 query rows (four heads of 256 positions, as here) are 8 blocks high.
 WIDE, PAIR, SINGLE = 8 * 4, 8 * 2, 8
 MATRIX_LOOPS: dict[str, tuple[tuple[str, int], ...]] = {
     "interval_attention_forward": (("whole", WIDE), ("masked pair", PAIR), ("masked single", SINGLE)),
     "interval_attention_dquery": (("whole", WIDE), ("masked pair", PAIR), ("masked single", SINGLE)),
-    "interval_attention_dkey": (("carry", 0), ("whole", SINGLE), ("masked", SINGLE), ("read out", 0)),
+    "interval_attention_dkey": (
+        *(("carry", 0), ("key whole", PAIR), ("key masked pair", PAIR), ("key masked single", SINGLE), ("read out", 0)),
+    ),
     "stream_rows": (("carry pair", 0), ("carry", 0), ("enter pair", 0), ("enter", 0)),
     "choose_keys": (
         *(("close up", 0), ("row", 0), ("turn", 0), ("in turn: carried", 0), ("in turn: entered", 0), ("tile", 0)),
@@ -221,10 +224,9 @@ def modelled(schedules: dict[str, list[Loop]], options: Options) -> dict[str, fl
 
     choosing, returning = selection("select: ")
     stream = cost("stream_rows", visits, visits["epochs"])
-    slots = {"whole": visits["whole slots"], "masked": visits["masked slots"]}
     dkey = cost(
         "interval_attention_dkey",
-        slots
+        visits
         | {"carry": visits["carry"] + 2 * visits["carry pair"], "read out": visits["enter"] + 2 * visits["enter pair"]},
         visits["query tiles"],
         visits["epochs"],
@@ -279,10 +281,9 @@ def beside_splash(schedules: dict[str, list[Loop]], visits: dict[str, float | in
         named = zip(MATRIX_LOOPS[name], long_loops(name, schedules[name]), strict=True)
         found = [(label, blocks, loop.bundles) for (label, blocks), loop in named if blocks]
         ratios[name] = {label: bundles / blocks / per_block for label, blocks, bundles in found}
-        times = {label: visits["masked slots" if label == "masked" else label] for label, _, _ in found}
-        masked = [kind for kind in found if kind[0].startswith("masked")]
-        spent = sum(times[label] * bundles for label, _, bundles in masked)
-        ratios[name]["masked"] = spent / sum(times[label] * blocks for label, blocks, _ in masked) / per_block
+        masked = [kind for kind in found if "masked" in kind[0]]
+        spent = sum(visits[label] * bundles for label, _, bundles in masked)
+        ratios[name]["masked"] = spent / sum(visits[label] * blocks for label, blocks, _ in masked) / per_block
     return ratios
 
 
@@ -295,6 +296,7 @@ def count_visits(options: Options) -> dict[str, int]:
     from dmattn_jax.documents import document_bounds
     from dmattn_jax.layout import lay_out
     from dmattn_jax.selection import choose_keys
+    from pallas_kernels.tpu.backward_key import WIDE
     from pallas_kernels.tpu.config import LANES
     from pallas_kernels.tpu.stream import tile_ranges
 
@@ -319,19 +321,19 @@ def count_visits(options: Options) -> dict[str, int]:
         return np.where(index < length, np.clip(there, 0, sizes.epoch), 0).reshape(heads, epochs, -1, LANES)
 
     start, end = relative(intervals.start), relative(intervals.end)
-    counts = dict.fromkeys(("whole", "masked pair", "masked single", "whole slots", "masked slots"), 0)
+    kinds = ("whole", "masked pair", "masked single")
+    counts = dict.fromkeys([*kinds, *(f"key {kind}" for kind in kinds)], 0)
     for begin in range(0, sizes.epoch, sizes.block_q):
         last = begin + sizes.block_q - 1
         meets = (start.min(-1) <= last) & (end.max(-1) > begin)
         whole = (start.max(-1) <= begin) & (end.min(-1) > last)
-        wide = whole.reshape(heads, epochs, -1, sizes.wide // LANES).all(-1)
-        rest = meets & ~np.repeat(wide, sizes.wide // LANES, axis=-1)
-        pairs = rest.reshape(heads, epochs, -1, 2)
-        counts["whole"] += int(wide.sum())
-        counts["masked pair"] += int(pairs.all(-1).sum())
-        counts["masked single"] += int((pairs[..., 0] != pairs[..., 1]).sum())
-        counts["whole slots"] += int((meets & whole).sum())
-        counts["masked slots"] += int((meets & ~whole).sum())
+        for prefix, width in (("", sizes.wide // LANES), ("key ", WIDE // LANES)):
+            wide = whole.reshape(heads, epochs, -1, width).all(-1)
+            rest = meets & ~np.repeat(wide, width, axis=-1)
+            pairs = rest.reshape(heads, epochs, -1, 2)
+            counts[f"{prefix}whole"] += int(wide.sum())
+            counts[f"{prefix}masked pair"] += int(pairs.all(-1).sum())
+            counts[f"{prefix}masked single"] += int((pairs[..., 0] != pairs[..., 1]).sum())
 
     def moved(label, slots, low, high):
         ranges = np.asarray(tile_ranges(slots, low, high))

@@ -18,8 +18,11 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.contract import EpochLists
 from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode
 from pallas_kernels.tpu.stream import tile_ranges
-from pallas_kernels.tpu.tiles import LOG2E, NN, NT, Rows, columns, fold_lanes, parts, product, visits
+from pallas_kernels.tpu.tiles import LOG2E, NN, NT, Rows, columns, fold_lanes, parts, product, walk
 from pallas_kernels.tpu.vmem import dkey_bytes
+
+WIDE = 2 * LANES
+"""Slots of a step without a mask; more are no faster."""
 
 
 def key_gradients(
@@ -80,8 +83,8 @@ def key_gradients(
 
                 lax.fori_loop(0, capacity // LANES, one, None)
 
-        def step(at, masked):
-            slots = pl.ds(at, LANES)
+        def step(at, width, masked):
+            slots = pl.ds(at, width)
             q, do = query_ref[...].reshape(count, dim), dout_ref[...].reshape(count, dim)
             shift, inverse, delta = (stats_ref[stat : stat + 1, :] for stat in range(3))
             repeat = (1, count // LANES)
@@ -89,7 +92,7 @@ def key_gradients(
             weights = jnp.exp2(scores - shift) * inverse
             dscores = weights * (product(value_ref[slots, :], do, NT) - delta)
             if masked:
-                position = first + lax.broadcasted_iota(jnp.int32, (LANES, block_q), 1)
+                position = first + lax.broadcasted_iota(jnp.int32, (width, block_q), 1)
                 cut = (1, block_q // LANES)
                 visible = (jnp.tile(begin[slots, :], cut) <= position) & (position < jnp.tile(end[slots, :], cut))
                 visible = jnp.tile(visible.astype(jnp.float32), (1, group)) > 0.0
@@ -99,19 +102,7 @@ def key_gradients(
             dkey[slots, :] += product(dscores.astype(dtype), q, NN)
             dbias[slots, :] += fold_lanes(dscores)
 
-        def visit(index, _):
-            at = pl.multiple_of(index * LANES, LANES)
-            meets, whole = visits(bounds_ref, index, first, last)
-
-            @pl.when(meets & whole)
-            def _whole():
-                step(at, False)
-
-            @pl.when(meets & ~whole)
-            def _partial():
-                step(at, True)
-
-        lax.fori_loop(0, capacity // LANES, visit, None)
+        walk(bounds_ref, capacity, WIDE, first, last, step)
 
         @pl.when(tile == tiles - 1)
         def _finish():

@@ -35,8 +35,9 @@ def dkey_bytes(
         scratch += 2 * _array(carried, dim, 4) + _array(carried, LANES, 4)
     if before:
         outs += 2 * (2 * _array(carried, dim, 4) + _scalars(carried))
-    # Keys stand across products here, LANES at a time; float32 queries and cotangents are cut in parts whole.
-    products = 6 * _array(LANES, rows, 4) + (2 * rows * _wide(dim) * 10 if itemsize == 4 else 0)
+    # Keys stand across products here, a pair of tiles at a time; float32 operands are cut into parts.
+    logits = _array(2 * LANES, rows, 4)
+    products = 6 * logits + (2 * rows + 4 * LANES) * _wide(dim) * 10 if itemsize == 4 else 4 * logits
     return tiles + outs + scratch + products
 
 
@@ -54,7 +55,7 @@ def choosing_bytes(carried: int, epoch: int) -> int:
     capacity = carried + epoch
     blocks = 2 * (3 * capacity + carried + 2 * epoch + LANES)
     scratch = 2 * carried + 5 * capacity + LANES + 5 * capacity
-    moving = 8 * capacity
+    moving = 12 * capacity
     return 4 * SUBLANES * (blocks + scratch + moving)
 
 
