@@ -50,6 +50,15 @@ def stream_bytes(capacity: int, carried: int, entering: int, dim: int, itemsize:
     return 3 * lists + 2 * coming + 2 * first + 8 * _array(2 * LANES, dim, 4)
 
 
+def pattern_bytes(block: int, group: int, dim: int, itemsize: int) -> int:
+    """`patterns.tpu`: a tile of queries, and a block of keys and one of columns with their masks."""
+    rows = group * block
+    tiles = 2 * (2 * _array(rows, dim, itemsize) + 4 * _array(block, dim, itemsize) + 8 * _scalars(block))
+    masks = 2 * _array(rows, block, 1) + 4 * _array(rows, block, 4)
+    scratch = 2 * _array(rows, LANES, 4) + _array(rows, dim, 4)
+    return tiles + masks + scratch + _products(rows, block, dim, itemsize)
+
+
 def choosing_bytes(carried: int, epoch: int) -> int:
     """`choosing.walk_forward`, eight rows at a time; a row of its own takes as much room as eight."""
     capacity = carried + epoch
