@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from dmattn_jax.attention import dynamic_mask_attention
+from pallas_kernels.patterns import Patterns, Places, pattern_attention
 from pallas_kernels.tpu.config import compiling_for
 
 KERNELS = "tpu_custom_call"
@@ -73,6 +74,29 @@ def attention(
     report(name, traced.lower().compile(), length=length, dim=dim, dtype=dtype, window=window, heads=heads)
 
 
+def patterns(name: str, length: int, heads: tuple[int, int], dim: int, side: int, dtype: str) -> None:
+    """Pattern attention of one row, with maps of `side` positions and as many distances and columns."""
+    device = topology_devices(name)[0]
+    shape = jax.ShapeDtypeStruct
+
+    def attend(query, key, value, inside, diagonals, verticals, columns):
+        order = jnp.arange(length, dtype=jnp.int32)[None]
+        places = Places(order, jnp.zeros_like(order))
+        masks = Patterns(inside, diagonals, verticals, columns, reach=side)
+        return pattern_attention(query, key, value, masks, places, places, scale=1.0, implementation="mosaic_tpu")
+
+    arguments = (
+        *(shape((1, length, count, dim), dtype) for count in (heads[0], heads[1], heads[1])),
+        shape((heads[0], side, side), bool),
+        *(shape((heads[0], side), bool),) * 2,
+        shape((heads[1], side // 4), jnp.int32),
+    )
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    with compiling_for(device.device_kind):
+        traced = jax.jit(attend, in_shardings=sharding, out_shardings=sharding).trace(*arguments)
+    report(name, traced.lower().compile(), length=length, heads=heads, dim=dim, side=side, dtype=dtype)
+
+
 def training(name: str, preset: str, tensor: int) -> None:
     """A whole training step of a preset on four chips, fsdp × tensor."""
     from configs import PRESETS
@@ -103,6 +127,11 @@ if __name__ == "__main__":
         # Unequal windows, lengths that nothing divides, and groups larger than a tile.
         attention(topology, 3001, window=(1, 300, 5000, 777), heads=(8, 4))
         attention(topology, 2053, window=300, heads=(32, 1))
+    elif what == "patterns":
+        patterns(topology, 8192, (9, 3), 64, 512, "bfloat16")
+        patterns(topology, 32768, (32, 8), 128, 1024, "bfloat16")
+        patterns(topology, 65536, (32, 8), 128, 1024, "bfloat16")
+        patterns(topology, 1000, (8, 1), 96, 200, "float32")
     elif what == "windows":
         for window in map(int, rest):
             attention(topology, window + 8192, window=window, heads=(4, 1))

@@ -22,6 +22,9 @@ MAX_HEAD_DIM = 256
 GRANULE = 512
 """Slots that the parts of a list are rounded up to."""
 
+MOST_ROWS = 16
+"""Rows that a query's lists may hold in memory: epochs are no shorter than a window over this."""
+
 # VMEM of one TensorCore in MiB, by the device kind that JAX reports.
 _VMEM = {"TPU v4": 16, "TPU v5 lite": 128, "TPU v5": 64, "TPU v6 lite": 128, "TPU7x": 64}
 _SMALLEST_VMEM = min(_VMEM.values())
@@ -67,7 +70,7 @@ def block_sizes(queries: int, keys: int, window: int, head_dim: int, dtype: jnp.
         epochs.append(_round_up(epochs[-1] // 2, LANES))
     for rows in (1024, 512, 256):
         for epoch in epochs:
-            if window + epoch >= keys:
+            if window + epoch >= keys or window > MOST_ROWS * epoch:
                 continue
             carried, before = _round_up(window, GRANULE), queries < keys
             capacity = _round_up(carried + epoch, GRANULE)
