@@ -73,8 +73,8 @@ def sizes_for(options: Options) -> Any:
 
 Kernel = Literal["selection", "forward", "dquery", "dkey", "stream", "splash"]
 # Names that kernels have in the dump, and how many 128 × 128 blocks each of their matrix loops handles, in the order of
-# the schedule: `tiles.walk` has a wide step, a masked pair and a masked single tile, each as long for keys' gradients as
-# a pair; splash has one step.
+# the schedule: `tiles.walk` has a wide step (a pair for gradients of keys), a masked pair and a masked single tile;
+# splash has one step.
 # 1,024 query rows (four heads of 256 positions, as here) are 8 blocks high.
 WIDE, PAIR, SINGLE = 8 * 4, 8 * 2, 8
 MATRIX_LOOPS: dict[str, tuple[tuple[str, int], ...]] = {

@@ -16,7 +16,7 @@ from small_run import environment, small_config
 from dmattn_jax.models.config import DogeConfig
 from train.config import MeshConfig
 from train.errors import MeshError
-from train.mesh import AXES, check_batch, make_mesh, parameter_shardings, resolve_mesh, undivided_heads
+from train.mesh import AXES, check_batch, parameter_shardings, resolve_mesh, undivided_heads
 
 MESHES = [(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8) if d * f * t <= 8]
 REPRESENTATIVE = [(1, 1, 1), (2, 2, 2)]

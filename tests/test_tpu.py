@@ -203,7 +203,7 @@ def test_compiled_memory_is_linear():
 
 @pytest.mark.slow
 def test_other_shapes_compile():
-    """Head sizes, float32, unequal windows past the sequence (no lists to stream: five kernels), all heads in one group."""
+    """Head sizes, float32, all heads in one group; windows past the sequence have no lists to stream: five kernels."""
     programs = compiled("shapes", "v5e:2x2")
     assert [each["kernels"] for each in programs] == [7, 7, 7, 5, 7]
     for each in programs:

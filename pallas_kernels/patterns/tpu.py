@@ -136,7 +136,8 @@ def _of_one_document(query, key, value, patterns: Patterns, token: Bool[Array, "
         def _columns():
             position = tile * block + lax.broadcasted_iota(jnp.int32, (block, block), 0)
             reached = jnp.where(column_ref[...] <= position, 1, 0)
-            add(far_key_ref, far_value_ref, far_bias_ref, on_column_ref[...].astype(jnp.int32)[:, None, :] * reached[None])
+            shown = on_column_ref[...].astype(jnp.int32)[:, None, :] * reached[None]
+            add(far_key_ref, far_value_ref, far_bias_ref, shown)
 
         @pl.when(step == sum(steps) - 1)
         def _finish():
@@ -266,7 +267,9 @@ def _visits(diagonals: Bool[Array, "K R"], mapped, size: int, distances: int, co
         order = jnp.sort(jnp.where(wanted, place, wanted.shape[-1]), axis=-1)
         return jnp.minimum(order, wanted.shape[-1] - 1).reshape(-1), wanted.sum(-1, dtype=jnp.int32).reshape(-1)
 
-    return Visits(*listed(crossed), *listed(mapped.reshape(-1, size, size)), columns[:, ::block].reshape(-1))
+    back, count_back = listed(crossed)
+    of_map, count_of_map = listed(mapped.reshape(-1, size, size))
+    return Visits(back, count_back, of_map, count_of_map, columns[:, ::block].reshape(-1))
 
 
 def _finite(key, value, token):

@@ -145,7 +145,8 @@ def compare_row(row: Row, count, budget, carried: int) -> None:
         later = below > lane
         higher = (documents > own_document) | (column >= own)
         sums = sums - jnp.where(later & ~higher, 1.0, 0.0)
-        beats = sum(product(ones, part, NT) for part in parts(sums, False))[0:1]
+        high, low = parts(sums, False)
+        beats = (product(ones, high, NT) + product(ones, low, NT))[0:1]
         bears = budget.astype(jnp.float32) - (at - beats)
         settle(here, later & higher, bears, True)
 

@@ -51,7 +51,8 @@ class TpuBlockSizes(BlockSizes):
         super().__post_init__()
         if self.block_k != LANES:
             raise ValueError(f"block_k must be {LANES}, the lanes of a register, got {self.block_k}")
-        for name, divisor in (("block_q", LANES), ("wide", 2 * LANES), ("granule", self.wide), ("chunk", self.wide), ("rows", LANES)):
+        units = {"block_q": LANES, "rows": LANES, "wide": 2 * LANES, "granule": self.wide, "chunk": self.wide}
+        for name, divisor in units.items():
             if getattr(self, name) % divisor:
                 raise ValueError(f"{name} must be a multiple of {divisor}, got {getattr(self, name)}")
 
@@ -74,21 +75,21 @@ def block_sizes(queries: int, keys: int, window: int, head_dim: int, dtype: jnp.
                 continue
             carried, before = _round_up(window, GRANULE), queries < keys
             capacity = _round_up(carried + epoch, GRANULE)
-            needed = (
+            needed = max(
                 vmem.dquery_bytes(capacity, rows, dim, itemsize, 512),
                 vmem.dkey_bytes(capacity, carried, epoch, rows, dim, itemsize, listed=True, before=before),
                 vmem.stream_bytes(capacity, carried, epoch, dim, itemsize, before=before),
             )
-            if max(needed) <= room:
+            if needed <= room:
                 return _sizes(epoch, rows=rows)
     whole = _round_up(max(queries, keys - window), LANES) if window < keys else longest
     for rows in (1024, 512, 256):
         for chunk in (2048, 1024, 512):
-            needed = (
+            needed = max(
                 vmem.dquery_bytes(chunk, rows, dim, itemsize, 512),
                 vmem.dkey_bytes(chunk, 0, chunk, rows, dim, itemsize, listed=False, before=False),
             )
-            if max(needed) <= room:
+            if needed <= room:
                 return _sizes(whole, rows=rows, chunk=chunk)
     raise AssertionError(f"no tile of head size {head_dim} fits in {room} bytes")
 

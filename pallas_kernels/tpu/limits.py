@@ -16,10 +16,11 @@ def limits() -> list[str]:
     def listed(window: int) -> bool:
         return window + block_sizes(long, long, window, LANES, jnp.dtype(jnp.bfloat16)).epoch < long
 
+    chosen = max(window for window in windows if walk_fits(window, MAX_EPOCH))
     return [
         f"float16, float64 and head sizes above {MAX_HEAD_DIM} run on: xla",
         f"windows above {max(filter(listed, windows))} (head size {LANES}, bfloat16): lists do not fit in VMEM; each "
         "block of queries goes through all keys before it, past those that none of it sees",
-        f"chosen by portable functions, slowly: keys of windows above {max(w for w in windows if walk_fits(w, MAX_EPOCH))}"
-        ", of sliding windows over packed documents, and of causal=False",
+        f"chosen by portable functions, slowly: keys of windows above {chosen}, of sliding windows over packed "
+        "documents, and of causal=False",
     ]
