@@ -156,7 +156,7 @@ def map_over_mesh(
     if mesh is None:
         return function(*arrays)
     axes = free_axes(mesh)
-    batch = {array.shape[list(name).index("batch")] for array, name in zip(arrays, names, strict=True)}
+    batch = {a.shape[list(name).index("batch")] for a, name in zip(arrays, names, strict=True) if "batch" in name}
     if not all(size % axis_size("batch") == 0 for size in batch):
         whole = (*whole, "batch")
 
