@@ -208,7 +208,7 @@ def prepare(implementation: Implementation, window: int, head_dim: int, gate: ja
     batch, length, kv_heads = gate.shape
     windows, documents = (window,) * kv_heads, document_bounds(None, batch, length)
     ranked = jnp.moveaxis(gate, 2, 1)
-    blocks = implementation.block_sizes(length, length, window, head_dim)
+    blocks = implementation.block_sizes(length, length, window, head_dim, jnp.bfloat16)
     return choose_intervals(ranked, windows, documents, length, implementation, blocks)
 
 

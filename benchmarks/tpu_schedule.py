@@ -63,24 +63,30 @@ KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 l
 
 
 def sizes_for(options: Options) -> Any:
+    import jax.numpy as jnp
+
     from pallas_kernels.tpu.config import block_sizes, compiling_for
 
     with compiling_for(KINDS[options.topology.split(":")[0]]):
-        return block_sizes(options.length, options.length, options.window, options.head_dim)
+        return block_sizes(options.length, options.length, options.window, options.head_dim, jnp.dtype(jnp.bfloat16))
 
 
 Kernel = Literal["selection", "forward", "dquery", "dkey", "stream", "splash"]
 # Names that kernels have in the dump, and how many 128 × 128 blocks each of their matrix loops handles, in the order of
-# the schedule: `tiles.walk` has a wide step, a masked pair and a masked single tile; splash has one step.
+# the schedule: `tiles.walk` has a wide step (a pair for gradients of keys), a masked pair and a masked single tile;
+# splash has one step.
 # 1,024 query rows (four heads of 256 positions, as here) are 8 blocks high.
 WIDE, PAIR, SINGLE = 8 * 4, 8 * 2, 8
 MATRIX_LOOPS: dict[str, tuple[tuple[str, int], ...]] = {
     "interval_attention_forward": (("whole", WIDE), ("masked pair", PAIR), ("masked single", SINGLE)),
     "interval_attention_dquery": (("whole", WIDE), ("masked pair", PAIR), ("masked single", SINGLE)),
-    "interval_attention_dkey": (("carry", 0), ("whole", SINGLE), ("masked", SINGLE), ("read out", 0)),
+    "interval_attention_dkey": (
+        *(("carry", 0), ("key whole", PAIR), ("key masked pair", PAIR), ("key masked single", SINGLE), ("read out", 0)),
+    ),
     "stream_rows": (("carry pair", 0), ("carry", 0), ("enter pair", 0), ("enter", 0)),
     "choose_keys": (
-        *(("close up", 0), ("row", 0), ("tile", 0), ("safe", 0), ("carried", 0), ("entered", 0), ("own", 0)),
+        *(("close up", 0), ("row", 0), ("turn", 0), ("in turn: carried", 0), ("in turn: entered", 0), ("tile", 0)),
+        *(("safe", 0), ("carried", 0), ("entered", 0), ("own", 0), ("next", 0)),
         *(("settle", 0), ("row", 0), ("let in", 0), ("row", 0)),
     ),
     "lifetimes": (("close up", 0), ("row", 0), ("ask", 0), ("spread", 0)),
@@ -103,6 +109,10 @@ def main(options: Options) -> None:
                 f"loads {loop.slots['VLOAD']}  fills {loop.slots['FILL']}  spills {loop.slots['SPILL']}"
             )
     model = modelled(schedules, options)
+    loops = beside_splash(schedules, model)
+    print("bundles a block ÷ splash's; masked blocks weighted by how often each kind is visited")
+    for name, ratios in loops.items():
+        print(f"  {name:40} " + ", ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items()))
     print(f"a random gate at {options.length:,} tokens, window {options.window:,}")
     for name, value in model.items():
         print(f"  {name:40} {value:,.3f}" if isinstance(value, float) else f"  {name:40} {value:,}")
@@ -111,7 +121,7 @@ def main(options: Options) -> None:
 
         plain = {name: [asdict(loop) for loop in loops] for name, loops in schedules.items()}
         record = {"command": sys.argv, "jax": jax.__version__, "libtpu": _libtpu(), "options": asdict(options)}
-        record |= {"matrix_loops": MATRIX_LOOPS, "model": model, "schedules": plain}
+        record |= {"matrix_loops": MATRIX_LOOPS, "model": model, "beside splash": loops, "schedules": plain}
         options.output.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
 
@@ -176,7 +186,7 @@ def long_loops(name: str, loops: list[Loop]) -> list[Loop]:
     """Those that MATRIX_LOOPS names: the ones with products, but for the few bundles between loops in which a last one
     may stand. Of the kernels that choose keys, whose time is not in products, all of some length with vector work."""
     if name in ("choose_keys", "lifetimes"):
-        return [loop for loop in loops if loop.bundles > 40 and loop.slots["VALU"] > 20]
+        return [loop for loop in loops if loop.bundles > 8 and loop.slots["VALU"] > 7]
     return [loop for loop in loops if loop.slots["MXU"] and loop.bundles > 16]
 
 
@@ -209,15 +219,14 @@ def modelled(schedules: dict[str, list[Loop]], options: Options) -> dict[str, fl
 
     def selection(prefix: str) -> list[int]:
         counts = {label.removeprefix(prefix): count for label, count in visits.items() if label.startswith(prefix)}
-        inner = (("choose_keys", "tile"), ("lifetimes", "ask"))
+        inner = (("choose_keys", "turn"), ("lifetimes", "ask"))
         return [cost_of_rows(name, counts, max(counts[tile], counts["row"])) for name, tile in inner]
 
     choosing, returning = selection("select: ")
     stream = cost("stream_rows", visits, visits["epochs"])
-    slots = {"whole": visits["whole slots"], "masked": visits["masked slots"]}
     dkey = cost(
         "interval_attention_dkey",
-        slots
+        visits
         | {"carry": visits["carry"] + 2 * visits["carry pair"], "read out": visits["enter"] + 2 * visits["enter pair"]},
         visits["query tiles"],
         visits["epochs"],
@@ -258,6 +267,26 @@ def modelled(schedules: dict[str, list[Loop]], options: Options) -> dict[str, fl
     return results
 
 
+def beside_splash(schedules: dict[str, list[Loop]], visits: dict[str, float | int]) -> dict[str, dict[str, float]]:
+    """Bundles a block of each matrix loop over those of splash's loop, which masks nothing on dense blocks; "masked" is
+    the mean over the masked blocks that a random gate visits."""
+    ratios = {}
+    for name, peer in (
+        ("interval_attention_forward", "splash_mqa_fwd"),
+        ("interval_attention_dquery", "splash_mqa_dq"),
+        ("interval_attention_dkey", "splash_mqa_dkv"),
+    ):
+        (splash,) = long_loops(peer, schedules[peer])
+        per_block = splash.bundles / MATRIX_LOOPS[peer][0][1]
+        named = zip(MATRIX_LOOPS[name], long_loops(name, schedules[name]), strict=True)
+        found = [(label, blocks, loop.bundles) for (label, blocks), loop in named if blocks]
+        ratios[name] = {label: bundles / blocks / per_block for label, blocks, bundles in found}
+        masked = [kind for kind in found if "masked" in kind[0]]
+        spent = sum(visits[label] * bundles for label, _, bundles in masked)
+        ratios[name]["masked"] = spent / sum(visits[label] * blocks for label, blocks, _ in masked) / per_block
+    return ratios
+
+
 def count_visits(options: Options) -> dict[str, int]:
     """How often each loop runs: the same selection, lists and bounds as a run has, on a random gate."""
     import jax
@@ -267,6 +296,7 @@ def count_visits(options: Options) -> dict[str, int]:
     from dmattn_jax.documents import document_bounds
     from dmattn_jax.layout import lay_out
     from dmattn_jax.selection import choose_keys
+    from pallas_kernels.tpu.backward_key import WIDE
     from pallas_kernels.tpu.config import LANES
     from pallas_kernels.tpu.stream import tile_ranges
 
@@ -291,19 +321,19 @@ def count_visits(options: Options) -> dict[str, int]:
         return np.where(index < length, np.clip(there, 0, sizes.epoch), 0).reshape(heads, epochs, -1, LANES)
 
     start, end = relative(intervals.start), relative(intervals.end)
-    counts = dict.fromkeys(("whole", "masked pair", "masked single", "whole slots", "masked slots"), 0)
+    kinds = ("whole", "masked pair", "masked single")
+    counts = dict.fromkeys([*kinds, *(f"key {kind}" for kind in kinds)], 0)
     for begin in range(0, sizes.epoch, sizes.block_q):
         last = begin + sizes.block_q - 1
         meets = (start.min(-1) <= last) & (end.max(-1) > begin)
         whole = (start.max(-1) <= begin) & (end.min(-1) > last)
-        wide = whole.reshape(heads, epochs, -1, sizes.wide // LANES).all(-1)
-        rest = meets & ~np.repeat(wide, sizes.wide // LANES, axis=-1)
-        pairs = rest.reshape(heads, epochs, -1, 2)
-        counts["whole"] += int(wide.sum())
-        counts["masked pair"] += int(pairs.all(-1).sum())
-        counts["masked single"] += int((pairs[..., 0] != pairs[..., 1]).sum())
-        counts["whole slots"] += int((meets & whole).sum())
-        counts["masked slots"] += int((meets & ~whole).sum())
+        for prefix, width in (("", sizes.wide // LANES), ("key ", WIDE // LANES)):
+            wide = whole.reshape(heads, epochs, -1, width).all(-1)
+            rest = meets & ~np.repeat(wide, width, axis=-1)
+            pairs = rest.reshape(heads, epochs, -1, 2)
+            counts[f"{prefix}whole"] += int(wide.sum())
+            counts[f"{prefix}masked pair"] += int(pairs.all(-1).sum())
+            counts[f"{prefix}masked single"] += int((pairs[..., 0] != pairs[..., 1]).sum())
 
     def moved(label, slots, low, high):
         ranges = np.asarray(tile_ranges(slots, low, high))
@@ -335,25 +365,32 @@ def count_comparisons(gate: Any, index: Any, carried: int, window: int, epoch: i
 
     heads, length = gate.shape
     epochs, wide = length // epoch, compared_at_once(carried)
-    names = ("row", "tile", "safe", "carried", "entered", "ask")
+    names = ("row", "turn", "in turn: carried", "in turn: entered", "tile", "safe", "carried", "entered", "ask")
     counts = dict.fromkeys(names, 0)
     for row, number in np.ndindex(heads, epochs):
         first = number * epoch
         until = gate[row, : first + 1]
         least = np.partition(until, -window)[-window] if until.size >= window else -np.inf
-        count = int((gate[row, first : first + epoch] >= least).sum())
-        tiles = -(-count // LANES)
-        entered = np.minimum(count, LANES * np.arange(1, tiles + 1))
-        safe = int(np.clip((window - entered) // wide, 0, carried // wide).sum())
+        enters = first + np.flatnonzero(gate[row, first : first + epoch] >= least)
         counts["row"] += 1
-        counts["tile"] += tiles
-        counts["safe"] += safe
-        counts["carried"] += tiles * (carried // wide) - safe
-        counts["entered"] += tiles * (tiles - 1) // 2
+        for tile, at in enumerate(range(0, enters.size, LANES)):
+            own = enters[at : at + LANES]
+            # As the kernel asks: 128 positions without a gap, each above all before it.
+            rises = (np.diff(gate[row, own]) >= 0).all() and gate[row, own[0]] >= gate[row, : own[0] + 1].max()
+            counts["turn"] += 1
+            if own.size == LANES and own[-1] - own[0] == LANES - 1 and rises and window >= LANES:
+                counts["in turn: carried"] += carried // wide
+                counts["in turn: entered"] += tile
+                continue
+            safe = int(np.clip((window - at - own.size) // wide, 0, carried // wide))
+            counts["tile"] += 1
+            counts["safe"] += safe
+            counts["carried"] += carried // wide - safe
+            counts["entered"] += tile
         counts["ask"] += -(-int((index[row, number, carried:] < length).sum()) // LANES)
     steps = -(-heads // ROWS) * epochs
     of_all = dict.fromkeys(("close up", "settle", "spread"), steps)
-    return counts | {"own": counts["tile"], "let in": counts["tile"]} | of_all
+    return counts | {"own": counts["tile"], "next": counts["turn"], "let in": counts["turn"]} | of_all
 
 
 def compile_kernel(kernel: Kernel, **fields: Any) -> None:
@@ -422,7 +459,7 @@ def _ours(kernel: Kernel, options: Options) -> tuple[Callable[..., Any], tuple[A
     if kernel == "dkey":
 
         def gradients(q, do, s, n, e, *r):
-            return key_gradients(q, do, s, make(*r), lists(n), e, **kw)
+            return key_gradients(q, do, s, make(*r), lists(n), e, before=False, **kw)
 
         return gradients, (query, query, stats, slots, entries, *rows)
     keys = shape((1, kv_heads, length, dim), jnp.bfloat16)

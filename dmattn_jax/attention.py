@@ -59,7 +59,7 @@ def dynamic_mask_attention(
     token = None if segment_ids is None else documents.token
     ranked = jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1)
     if causal:
-        blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3])
+        blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3], query.dtype)
         intervals = choose_intervals(ranked, windows, documents, query.shape[1], backend, blocks)
         return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
     choice = choose_keys(ranked, windows, documents, causal=False)
@@ -108,7 +108,7 @@ def sliding_window_attention(
         )
     documents = document_bounds(segment_ids, batch, length)
     backend = choose_implementation(implementation, query.dtype, query.shape[3])
-    blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3])
+    blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3], query.dtype)
     if segment_ids is None and backend.select is not None:
         # Every position is a key, so this is the choice among equal gates.
         ranked = jnp.zeros((batch, kv_heads, length), jnp.float32)
@@ -170,7 +170,7 @@ def _run(query, key, value, gate, intervals, token: Bool[Array, "B S"] | None, s
     """Call the kernel; padding queries give 0 and get no gradient, whatever they hold."""
     queries, head_dim = query.shape[1], query.shape[3]
     if blocks is None:
-        blocks = backend.block_sizes(queries, key.shape[1], key.shape[1], head_dim)
+        blocks = backend.block_sizes(queries, key.shape[1], key.shape[1], head_dim, query.dtype)
     looks = None
     if token is not None:
         looks = token[:, token.shape[1] - queries :, None, None]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import IMPLEMENTATIONS, Implementation
+from pallas_kernels.patterns import IMPLEMENTATIONS as PATTERNS
 
 
 def choose_implementation(name: str | None, dtype: jnp.dtype, head_dim: int) -> Implementation:
@@ -35,13 +36,13 @@ def explain() -> str:
     lines = [
         f"devices: {len(devices)} × {devices[0].device_kind} ({jax.default_backend()}), JAX {jax.__version__}",
         f"dynamic-mask attention runs on: {chosen.name}",
+        f"masks of frozen models run on: {next(e.name for e in PATTERNS.values() if e.unavailable() is None)}",
     ]
     for entry in IMPLEMENTATIONS.values():
         reason = entry.unavailable()
         if reason is not None:
             lines.append(f"not {entry.name}: {reason}")
-    if chosen.name != "xla":
-        lines.append("float32, float64 and head sizes it does not take run on: xla")
-    elif jax.default_backend() != "cpu":
+    lines += chosen.limits()
+    if chosen.name == "xla" and jax.default_backend() != "cpu":
         lines.append("xla is the portable path: right everywhere, not tuned for this device")
     return "\n".join(lines)

@@ -145,21 +145,23 @@ def map_over_mesh(
     arrays: Sequence[jax.Array],
     names: Sequence[Sequence[str | None]],
     out_names: Sequence[str | None],
+    whole: Sequence[str] = (),
 ) -> jax.Array:
     """`function(*arrays)` on every device's own part of the arrays, which function must treat independently.
 
     Without an active mesh it is called once, on the whole. The batch is split where it divides, and otherwise
-    computed whole by every device of those axes (a single prompt, say).
+    computed whole by every device of those axes (a single prompt, say); so are the logical axes `whole`.
     """
     mesh = active_mesh()
     if mesh is None:
         return function(*arrays)
     axes = free_axes(mesh)
-    batch = {array.shape[list(name).index("batch")] for array, name in zip(arrays, names, strict=True)}
-    split = all(size % axis_size("batch") == 0 for size in batch)
+    batch = {a.shape[list(name).index("batch")] for a, name in zip(arrays, names, strict=True) if "batch" in name}
+    if not all(size % axis_size("batch") == 0 for size in batch):
+        whole = (*whole, "batch")
 
     def spec(axis_names: Sequence[str | None]) -> PartitionSpec:
-        return logical_to_spec([None if name == "batch" and not split else name for name in axis_names], axes)
+        return logical_to_spec([None if name in whole else name for name in axis_names], axes)
 
     # check_vma=False: the kernels' outputs carry no annotation of the mesh axes they vary over.
     return jax.shard_map(

@@ -178,16 +178,18 @@ class Select(Protocol):
 class Implementation:
     """A forward and a backward for one kind of device.
 
-    block_sizes(queries, keys, window, head_dim): sizes for a shape; `window` is the largest of the heads'.
+    block_sizes(queries, keys, window, head_dim, dtype): sizes for a shape; `window` is the largest of the heads'.
     unavailable(): None where it runs on this machine, else the reason in words, as `explain` prints it.
     unsupported(dtype, head_dim): None where it takes such queries, else the reason in words.
     select: how this device chooses keys and lays them out, where it has a faster way than the portable one.
+    limits(): what is left to the portable functions, or is done in a slower way, a line each, as `explain` prints it.
     """
 
     name: str
     forward: Forward
     backward: Backward
-    block_sizes: Callable[[int, int, int, int], BlockSizes]
+    block_sizes: Callable[[int, int, int, int, jnp.dtype], BlockSizes]
     unavailable: Callable[[], str | None]
     unsupported: Callable[[jnp.dtype, int], str | None]
     select: Select | None = None
+    limits: Callable[[], list[str]] = list

@@ -360,7 +360,8 @@ def test_plan_of_one_device_is_exact(tmp_path):
 
 
 def test_plan_refuses_what_a_run_refuses(capsys):
-    assert "must divide model.num_kv_heads" in refused(capsys, "plan", "doge-20m", "--mesh.tensor", "2", "--steps", "5")
+    words = refused(capsys, "plan", "doge-20m", "--mesh.fsdp", "3", "--batch-size", "8", "--steps", "5")
+    assert "batch_size 8 cannot be split" in words
 
 
 @pytest.mark.parametrize("name", PRESETS)

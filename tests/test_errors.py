@@ -85,4 +85,5 @@ def test_a_traced_window_is_refused_with_the_reason():
 def test_explain_names_the_implementation():
     text = dmattn_jax.explain()
     assert "dynamic-mask attention runs on: xla" in text
+    assert "masks of frozen models run on: xla" in text
     assert jax.devices()[0].device_kind in text

@@ -188,6 +188,6 @@ def test_kernels_without_races_under_the_interpreter(monkeypatch, name):
 
 def test_epochs_are_powers_of_two():
     for window in (1, 100, 512, 513, 1000, 1024, 3000, 70_000):
-        epoch = block_sizes(100_000, 100_000, window, 128).epoch
+        epoch = block_sizes(100_000, 100_000, window, 128, jnp.bfloat16).epoch
         assert epoch & (epoch - 1) == 0
         assert min(window, 4096) <= epoch <= max(512, 2 * window)

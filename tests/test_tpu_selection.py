@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -13,7 +15,7 @@ from reference import GATES, make_gate, make_segments
 from dmattn_jax.documents import document_bounds
 from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys
-from pallas_kernels.tpu.config import TpuBlockSizes, interpreted
+from pallas_kernels.tpu.config import TpuBlockSizes, compiling_for, interpreted
 from pallas_kernels.tpu.selection import select
 
 SMALL = TpuBlockSizes(epoch=128, block_q=128, block_k=128, granule=256, wide=256, chunk=256)
@@ -79,6 +81,16 @@ def test_special_numbers_rank_as_they_do_elsewhere(segments):
 
 
 def test_shapes_it_does_not_take():
-    documents = document_bounds(None, 1, 20_000)
-    gate = jnp.zeros((1, 1, 20_000))
-    assert select(gate, (9000,), documents.start, documents.end, queries=20_000, blocks=SMALL) is None
+    documents = document_bounds(None, 1, 40_000)
+    gate = jnp.zeros((1, 1, 40_000))
+    assert select(gate, (33_000,), documents.start, documents.end, queries=40_000, blocks=SMALL) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "length"), [(9000, 20_000), (32_768, 36_000)])
+def test_long_windows(monkeypatch, window, length):
+    """Counts of more slots than bfloat16 holds exactly, in epochs as long as the kernels take."""
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", replace(SMALL, epoch=2048, granule=512))
+    with compiling_for("TPU v5 lite"):
+        gate = make_gate("random", np.random.default_rng(0), 1, length, 1)
+        check_equal((1, length), (window,), length, gate, np.ones((1, length), np.int32))

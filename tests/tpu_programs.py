@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from dmattn_jax.attention import dynamic_mask_attention
+from pallas_kernels.patterns import Patterns, Places, pattern_attention
 from pallas_kernels.tpu.config import compiling_for
 
 KERNELS = "tpu_custom_call"
@@ -44,8 +45,16 @@ def report(topology: str, compiled, **more) -> None:
     )
 
 
-def attention(name: str, length: int, *, dim: int = 128, dtype: str = "bfloat16", window: int = 1024) -> None:
-    """Forward and backward of packed documents, 32 query heads and 8 kv heads, gates to gradients."""
+def attention(
+    name: str,
+    length: int,
+    *,
+    dim: int = 128,
+    dtype: str = "bfloat16",
+    window: int | tuple[int, ...] = 1024,
+    heads: tuple[int, int] = (32, 8),
+) -> None:
+    """Forward and backward of packed documents, gates to gradients. heads: of queries and of keys."""
     device = topology_devices(name)[0]
 
     def both(query, key, value, gate, ids, cotangent):
@@ -55,14 +64,37 @@ def attention(name: str, length: int, *, dim: int = 128, dtype: str = "bfloat16"
         out, pull = jax.vjp(attend, query, key, value, gate)
         return out, pull(cotangent)
 
-    query = jax.ShapeDtypeStruct((1, length, 32, dim), dtype)
-    key = jax.ShapeDtypeStruct((1, length, 8, dim), dtype)
-    gate = jax.ShapeDtypeStruct((1, length, 8), jnp.float32)
+    query = jax.ShapeDtypeStruct((1, length, heads[0], dim), dtype)
+    key = jax.ShapeDtypeStruct((1, length, heads[1], dim), dtype)
+    gate = jax.ShapeDtypeStruct((1, length, heads[1]), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     sharding = jax.sharding.SingleDeviceSharding(device)
     with compiling_for(device.device_kind):
         traced = jax.jit(both, in_shardings=sharding, out_shardings=sharding).trace(query, key, key, gate, ids, query)
-    report(name, traced.lower().compile(), length=length, dim=dim, dtype=dtype)
+    report(name, traced.lower().compile(), length=length, dim=dim, dtype=dtype, window=window, heads=heads)
+
+
+def patterns(name: str, length: int, heads: tuple[int, int], dim: int, side: int, dtype: str) -> None:
+    """Pattern attention of one row, with maps of `side` positions and as many distances and columns."""
+    device = topology_devices(name)[0]
+    shape = jax.ShapeDtypeStruct
+
+    def attend(query, key, value, inside, diagonals, verticals, columns):
+        order = jnp.arange(length, dtype=jnp.int32)[None]
+        places = Places(order, jnp.zeros_like(order))
+        masks = Patterns(inside, diagonals, verticals, columns, reach=side)
+        return pattern_attention(query, key, value, masks, places, places, scale=1.0, implementation="mosaic_tpu")
+
+    arguments = (
+        *(shape((1, length, count, dim), dtype) for count in (heads[0], heads[1], heads[1])),
+        shape((heads[0], side, side), bool),
+        *(shape((heads[0], side), bool),) * 2,
+        shape((heads[1], side // 4), jnp.int32),
+    )
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    with compiling_for(device.device_kind):
+        traced = jax.jit(attend, in_shardings=sharding, out_shardings=sharding).trace(*arguments)
+    report(name, traced.lower().compile(), length=length, heads=heads, dim=dim, side=side, dtype=dtype)
 
 
 def training(name: str, preset: str, tensor: int) -> None:
@@ -92,5 +124,16 @@ if __name__ == "__main__":
     elif what == "shapes":
         for dim, dtype in ((64, "bfloat16"), (96, "float32"), (256, "bfloat16")):
             attention(topology, 4096, dim=dim, dtype=dtype, window=512)
+        # Unequal windows, lengths that nothing divides, and groups larger than a tile.
+        attention(topology, 3001, window=(1, 300, 5000, 777), heads=(8, 4))
+        attention(topology, 2053, window=300, heads=(32, 1))
+    elif what == "patterns":
+        patterns(topology, 8192, (9, 3), 64, 512, "bfloat16")
+        patterns(topology, 32768, (32, 8), 128, 1024, "bfloat16")
+        patterns(topology, 65536, (32, 8), 128, 1024, "bfloat16")
+        patterns(topology, 1000, (8, 1), 96, 200, "float32")
+    elif what == "windows":
+        for window in map(int, rest):
+            attention(topology, window + 8192, window=window, heads=(4, 1))
     else:
         training(topology, rest[0], int(rest[1]))

@@ -63,7 +63,6 @@ def run(
     device_mesh = mesh.make_mesh(config.mesh)
     plan = resolve(config, mesh.batch_shards(device_mesh))
     mesh.check_batch(plan.batch_size, config.accumulate, mesh.batch_shards(device_mesh))
-    mesh.check_heads(config.model, device_mesh)
     tokenizer = open_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -142,6 +141,8 @@ class _Session:
         shape = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         self.say(dmattn_jax.explain())
         self.say(f"mesh: {shape}")
+        if note := mesh.undivided_heads(config.model, self.mesh.shape["tensor"]):
+            self.say(f"note: {note}")
         self.say(
             f"model: {config.model.attention}, {count.total / 1e6:,.2f}M parameters, "
             f"{count.non_embedding / 1e6:,.2f}M without embeddings"

@@ -68,14 +68,14 @@ def check_batch(batch_size: int, accumulate: int, shards: int) -> None:
         )
 
 
-def check_heads(model: DogeConfig, mesh: Mesh) -> None:
-    """Raises MeshError when the tensor axis does not divide the kv heads, which attention is split by."""
-    tensor = mesh.shape["tensor"]
-    if model.num_kv_heads % tensor:
-        raise MeshError(
-            f"mesh.tensor {tensor} must divide model.num_kv_heads {model.num_kv_heads}: "
-            "use a smaller --mesh.tensor, and --mesh.fsdp for the other devices"
-        )
+def undivided_heads(model: DogeConfig, tensor: int) -> str | None:
+    """What it costs when the tensor axis does not divide the kv heads, which attention is split by; else None."""
+    if model.num_kv_heads % max(tensor, 1) == 0:
+        return None
+    return (
+        f"mesh.tensor {tensor} does not divide model.num_kv_heads {model.num_kv_heads}: each of those devices computes "
+        "all of the attention, and only the rest is shared; --mesh.fsdp shares both"
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -95,7 +95,6 @@ def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> t
     shards = mesh.batch_shards(device_mesh)
     numbers = resolve(config, shards)
     mesh.check_batch(numbers.batch_size, config.accumulate, shards)
-    mesh.check_heads(config.model, device_mesh)
     with jax.set_mesh(device_mesh):
         skeleton = make_skeleton(config.model)
         schedule = make_schedule(config.optimizer, numbers.learning_rate, numbers.steps)
@@ -131,7 +130,7 @@ def bytes_on_a_device(tree: Any) -> int:
 
 def describe(config: TrainConfig, memory: MemoryPlan) -> str:
     """The plan as text."""
-    from train import flops
+    from train import flops, mesh
 
     count = flops.count_parameters(config.model)
     token = flops.training_flops_per_token(config.model, config.sequence_length)
@@ -161,6 +160,8 @@ def describe(config: TrainConfig, memory: MemoryPlan) -> str:
         f"(gradients and activations, compiled for {memory.compiled_for})",
         f"    together        {memory.total / 2**20:12,.1f} MiB",
     ]
+    if note := mesh.undivided_heads(config.model, config.mesh.tensor):
+        lines.append(f"  note: {note}")
     return "\n".join(lines)
 
 

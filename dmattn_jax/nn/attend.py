@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dmattn_jax.attention import causal_attention, dynamic_mask_attention
 from dmattn_jax.cache import DenseCache, WindowCache
 from dmattn_jax.partitioning import axis_size, map_over_mesh
+from pallas_kernels.patterns import Patterns, Places, pattern_attention
 
 QUERY = ("batch", None, "heads", None)
 KEY = ("batch", None, "kv_heads", None)
@@ -29,15 +30,11 @@ def attend(
 ) -> Float[Array, "B T H D"]:
     """`function(query, key, value[, gate], segment_ids=[, window=])` over batch and heads of the active mesh.
 
-    Raises: ValueError when the mesh's tensor axis does not divide the kv heads.
+    Where the mesh's tensor axis does not divide the kv heads, each of its devices attends with all of them.
     """
-    shards = axis_size("kv_heads")
-    heads = key.shape[2]
+    heads, shards = key.shape[2], axis_size("kv_heads")
     if heads % shards:
-        raise ValueError(
-            f"num_kv_heads must be a multiple of the mesh's tensor axis, got {heads} kv heads on {shards} devices: "
-            "use a smaller tensor axis or more kv heads"
-        )
+        shards = 1
     arrays = [query, key, value]
     names: list[tuple[str | None, ...]] = [QUERY, KEY, KEY]
     if gate is not None:
@@ -60,7 +57,27 @@ def attend(
         # Windows are static, so each device picks the program of its own heads.
         return jax.lax.switch(jax.lax.axis_index("tensor"), [with_window(window) for window in own])
 
-    return map_over_mesh(local, arrays, names, QUERY)
+    return map_over_mesh(local, arrays, names, QUERY, whole=() if shards > 1 else ("heads", "kv_heads"))
+
+
+def attend_patterns(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K D"],
+    patterns: Patterns,
+    places: Places,
+) -> Float[Array, "B T H D"]:
+    """Pattern attention within whole rows, over batch and heads of the active mesh as `attend` is."""
+    arrays = [query, key, value, *places, patterns.inside, patterns.diagonals, patterns.verticals, patterns.columns]
+    of_heads = [("heads", None, None), ("heads", None), ("heads", None), ("kv_heads", None)]
+
+    def local(query, key, value, order, start, *masks):
+        places, scale = Places(order, start), query.shape[3] ** -0.5
+        own = Patterns(*masks, reach=patterns.reach)
+        return pattern_attention(query, key, value, own, places, places, scale=scale)
+
+    whole = ("heads", "kv_heads") if key.shape[2] % axis_size("kv_heads") else ()
+    return map_over_mesh(local, arrays, [QUERY, KEY, KEY, SEGMENTS, SEGMENTS, *of_heads], QUERY, whole)
 
 
 def attend_window_cache(

@@ -9,6 +9,7 @@ from flax import nnx
 
 from dmattn_jax.cache import token_positions
 from dmattn_jax.documents import document_bounds
+from dmattn_jax.nn.attend import attend_patterns
 from dmattn_jax.nn.attention import MultiHeadAttention
 from dmattn_jax.pattern_cache import PatternCache
 from pallas_kernels.patterns import Patterns, Places, pattern_attention
@@ -51,7 +52,7 @@ class PatternAttention(MultiHeadAttention):
         documents = document_bounds(segment_ids, batch, length)
         index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         places = Places(index, jnp.where(documents.token, documents.start, -1))
-        return pattern_attention(query, key, value, self.patterns, places, places, scale=self.head_dim**-0.5)
+        return attend_patterns(query, key, value, self.patterns, places)
 
     def _attend_cached(self, query, key, value, token, cache):
         patterns = self.patterns

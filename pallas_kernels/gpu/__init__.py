@@ -1,7 +1,7 @@
 """Mosaic GPU implementation for Hopper: TMA, warpgroup matrix products, warp specialisation."""
 
 from pallas_kernels.contract import Implementation
-from pallas_kernels.gpu.config import block_sizes, unavailable, unsupported
+from pallas_kernels.gpu.config import block_sizes, limits, unavailable, unsupported
 from pallas_kernels.gpu.passes import backward, forward
 from pallas_kernels.gpu.selection import select
 
@@ -13,6 +13,7 @@ MOSAIC_GPU = Implementation(
     unavailable=unavailable,
     unsupported=unsupported,
     select=select,
+    limits=limits,
 )
 
 __all__ = ["MOSAIC_GPU"]

@@ -35,10 +35,10 @@ class HopperBlockSizes(BlockSizes):
             raise ValueError(f"stages must be >= 2, got {self.stages}")
 
 
-def block_sizes(queries: int, keys: int, window: int, head_dim: int) -> HopperBlockSizes:
+def block_sizes(queries: int, keys: int, window: int, head_dim: int, dtype: jnp.dtype) -> HopperBlockSizes:
     """Epochs as long as the window or the next power of two, at least 512 and at most 4,096 queries: a list then holds
     at most 2 rows a query beyond short windows."""
-    del queries, keys, head_dim
+    del queries, keys, head_dim, dtype
     epoch = min(max(512, 1 << (window - 1).bit_length()), 4096)
     return HopperBlockSizes(epoch=epoch, block_q=128, block_k=128, granule=128)
 
@@ -56,6 +56,11 @@ def unavailable() -> str | None:
     if capability not in ("9.0", "9.0a"):
         return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), and this one has {capability}"
     return None
+
+
+def limits() -> list[str]:
+    """`contract.Implementation.limits`."""
+    return ["float32, float64 and head sizes above 128 run on: xla"]
 
 
 def unsupported(dtype: jnp.dtype, head_dim: int) -> str | None:

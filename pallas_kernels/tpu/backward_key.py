@@ -16,9 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import EpochLists
-from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode, list_bytes
+from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode
 from pallas_kernels.tpu.stream import tile_ranges
-from pallas_kernels.tpu.tiles import LOG2E, NN, NT, Rows, columns, fold_lanes, parts, product, visits
+from pallas_kernels.tpu.tiles import LOG2E, NN, NT, Rows, columns, fold_lanes, parts, product, walk
+from pallas_kernels.tpu.vmem import dkey_bytes
+
+WIDE = 2 * LANES
+"""Slots of a step without a mask; more are no faster."""
 
 
 def key_gradients(
@@ -29,11 +33,12 @@ def key_gradients(
     lists: EpochLists | None,
     entry_slot: Int32[Array, "B K T"] | None,
     *,
+    before: bool,
     scale: float,
     sizes: TpuBlockSizes,
-) -> tuple[Array, Array, Array, tuple[Array, Array, Array]]:
-    """dkey, dvalue [B, K, N, D] and dbias [B, K, 1, N] of the queries' own positions, N = T, and the same of the slots
-    that epoch 0 carries; without lists of all keys, N = blocks · C, and the second three are empty.
+) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+    """dkey, dvalue [B, K, N, D] and dbias [B, K, 1, N] of the queries' own positions, N = T, and, where there are keys
+    `before` the first query, the same of the slots that epoch 0 carries; without lists of all keys, N = blocks · C.
 
     stats as in `query_gradient`.
     """
@@ -78,8 +83,8 @@ def key_gradients(
 
                 lax.fori_loop(0, capacity // LANES, one, None)
 
-        def step(at, masked):
-            slots = pl.ds(at, LANES)
+        def step(at, width, masked):
+            slots = pl.ds(at, width)
             q, do = query_ref[...].reshape(count, dim), dout_ref[...].reshape(count, dim)
             shift, inverse, delta = (stats_ref[stat : stat + 1, :] for stat in range(3))
             repeat = (1, count // LANES)
@@ -87,7 +92,7 @@ def key_gradients(
             weights = jnp.exp2(scores - shift) * inverse
             dscores = weights * (product(value_ref[slots, :], do, NT) - delta)
             if masked:
-                position = first + lax.broadcasted_iota(jnp.int32, (LANES, block_q), 1)
+                position = first + lax.broadcasted_iota(jnp.int32, (width, block_q), 1)
                 cut = (1, block_q // LANES)
                 visible = (jnp.tile(begin[slots, :], cut) <= position) & (position < jnp.tile(end[slots, :], cut))
                 visible = jnp.tile(visible.astype(jnp.float32), (1, group)) > 0.0
@@ -97,19 +102,7 @@ def key_gradients(
             dkey[slots, :] += product(dscores.astype(dtype), q, NN)
             dbias[slots, :] += fold_lanes(dscores)
 
-        def visit(index, _):
-            at = pl.multiple_of(index * LANES, LANES)
-            meets, whole = visits(bounds_ref, index, first, last)
-
-            @pl.when(meets & whole)
-            def _whole():
-                step(at, False)
-
-            @pl.when(meets & ~whole)
-            def _partial():
-                step(at, True)
-
-        lax.fori_loop(0, capacity // LANES, visit, None)
+        walk(bounds_ref, capacity, WIDE, first, last, step)
 
         @pl.when(tile == tiles - 1)
         def _finish():
@@ -130,11 +123,13 @@ def key_gradients(
             for table, ref in zip(tables, later, strict=True):
                 ref[...] = table[:carried, :]
 
-            @pl.when(epoch == blocks - 1)
-            def _first():
-                first_outs[0][...] = dkey[:carried, :] * scale
-                first_outs[1][...] = dvalue[:carried, :]
-                first_outs[2][...] = dbias[:carried, :].T.sum(axis=0, keepdims=True)
+            if before:
+
+                @pl.when(epoch == blocks - 1)
+                def _first():
+                    first_outs[0][...] = dkey[:carried, :] * scale
+                    first_outs[1][...] = dvalue[:carried, :]
+                    first_outs[2][...] = dbias[:carried, :].T.sum(axis=0, keepdims=True)
 
     def block(number):
         """Blocks go from the last to the first: what a later epoch collected is needed by the one before."""
@@ -182,10 +177,13 @@ def key_gradients(
             tile_ranges(entry_slot, carried, capacity),
             entry_slot[:, :, :, None],
         ]
-        for shape in ((carried, dim), (carried, dim), (1, carried)):
+        for shape in ((carried, dim), (carried, dim), (1, carried)) if before else ():
             out_specs.append(pl.BlockSpec((None, None, *shape), lambda b, k, n, t: (b, k, 0, 0)))
             out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.float32))
         scratch += [pltpu.VMEM((carried, width), jnp.float32) for width in widths]
+    needed = dkey_bytes(
+        capacity, carried, own, count, dim, dtype.itemsize, listed=lists is not None, before=bool(lists) and before
+    )
     dkey, dvalue, dbias, *of_first = pl.pallas_call(
         body,
         grid=(batch, kv_heads, blocks, tiles),
@@ -193,9 +191,7 @@ def key_gradients(
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=scratch,
-        compiler_params=compiler_params(
-            "parallel", "parallel", "arbitrary", "arbitrary", vmem=list_bytes(capacity, carried, dim)
-        ),
+        compiler_params=compiler_params("parallel", "parallel", "arbitrary", "arbitrary", needed=needed),
         interpret=interpret_mode(),
         name="interval_attention_dkey",
     )(*inputs)

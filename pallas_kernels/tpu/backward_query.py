@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode, list_bytes
+from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode
 from pallas_kernels.tpu.tiles import NN, NT, Rows, columns, logits, product, visible, walk
+from pallas_kernels.tpu.vmem import dquery_bytes
 
 
 def query_gradient(
@@ -75,7 +76,11 @@ def query_gradient(
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         scratch_shapes=[pltpu.VMEM((count, dim), jnp.float32), pltpu.VMEM((3, count, LANES), jnp.float32)],
         compiler_params=compiler_params(
-            "parallel", "parallel", "parallel", "arbitrary", vmem=list_bytes(capacity, 0, dim)
+            "parallel",
+            "parallel",
+            "parallel",
+            "arbitrary",
+            needed=dquery_bytes(capacity, count, dim, query.dtype.itemsize, wide),
         ),
         interpret=interpret_mode(),
         name="interval_attention_dquery",

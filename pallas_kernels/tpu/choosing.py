@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.tpu.config import LANES, compiler_params, interpret_mode
 from pallas_kernels.tpu.routing import close_up, count_before, from_bytes, lanes, place, spread, to_bytes
-from pallas_kernels.tpu.tiles import NN, NT, columns, fold_lanes, product
+from pallas_kernels.tpu.tiles import NN, NT, columns, fold_lanes, parts, product
+from pallas_kernels.tpu.vmem import choosing_bytes
 
 ROWS = 8
 """Rows of one step: the sublanes of a register."""
@@ -75,10 +76,41 @@ def compare_row(row: Row, count, budget, carried: int) -> None:
     until = (lane <= below).astype(jnp.bfloat16)
     ones = jnp.ones((ROWS, LANES), jnp.bfloat16)
 
-    def entering(tile, _):
+    def entering(tile, highest):
+        """highest: the most of all slots before this tile."""
         at = pl.multiple_of(carried + tile * LANES, LANES)
         here = pl.ds(at, LANES)
         own, own_document = row.order[:, here], row.place[:, here] >> 12
+        first_document = own_document[:, 0:1]
+        when = row.place[:, here] & _LATE
+        number = lax.broadcasted_iota(jnp.int32, own.shape, 1)
+        # Gates that rise or are all equal: each key is above every slot before it, and the positions have no gap.
+        in_turn = (number == 0) | ((own >= pltpu.roll(own, 1, axis=1)) & (own_document == first_document))
+        in_turn &= (own >= highest) & (when == when[:, 0:1] + number)
+        steady = (jnp.min(jnp.where(in_turn, 1, 0)) > 0) & (budget >= LANES)
+
+        @pl.when(steady)
+        def _steady():
+            def passed(first, width):
+                """All of the tile are above: the one that ends a life is known by its number."""
+                slots = pl.ds(pl.multiple_of(first, LANES), width)
+                bears = row.room[:, slots]
+                killed = jnp.maximum(bears, 1.0) + (when[:, 0:1] - 1).astype(jnp.float32)
+                killed = jnp.where(bears <= LANES, killed, float(_LATE))
+                row.death[:, slots] = jnp.minimum(row.death[:, slots], killed)
+                row.room[:, slots] = bears - LANES
+
+            lax.fori_loop(0, carried // wide, lambda a, _: passed(a * wide, wide), None)
+            lax.fori_loop(0, tile, lambda a, _: passed(carried + a * LANES, LANES), None)
+            row.room[:, here] = (budget - (LANES - 1) + number).astype(jnp.float32)
+
+        @pl.when(~steady)
+        def _compared():
+            compare(tile, at, here, own, own_document)
+
+        return jnp.maximum(highest, jnp.max(own))
+
+    def compare(tile, at, here, own, own_document):
         first_document = own_document[:, 0:1]
         column, packed = columns(own), columns(row.place[:, here])
         documents, when = packed >> 12, (packed & _LATE).astype(jnp.float32)
@@ -113,11 +145,13 @@ def compare_row(row: Row, count, budget, carried: int) -> None:
         later = below > lane
         higher = (documents > own_document) | (column >= own)
         sums = sums - jnp.where(later & ~higher, 1.0, 0.0)
-        beats = product(ones, sums.astype(jnp.bfloat16), NT)[0:1]
+        high, low = parts(sums, False)
+        beats = (product(ones, high, NT) + product(ones, low, NT))[0:1]
         bears = budget.astype(jnp.float32) - (at - beats)
         settle(here, later & higher, bears, True)
 
-    lax.fori_loop(0, lax.div(count + LANES - 1, LANES), entering, None)
+    # Kept keys stand in falling order.
+    lax.fori_loop(0, lax.div(count + LANES - 1, LANES), entering, jnp.max(row.order[:, :LANES]))
 
 
 def entered_row(row: Row, count, carried: int) -> tuple[Int32[Array, "1 W"], Int32[Array, "1 W"]]:
@@ -257,7 +291,7 @@ def walk_forward(
             pltpu.VMEM((ROWS, capacity), jnp.int32),
             *[pltpu.VMEM((1, capacity), dtype) for dtype in kinds],
         ],
-        compiler_params=compiler_params("parallel", "arbitrary"),
+        compiler_params=compiler_params("parallel", "arbitrary", needed=choosing_bytes(carried, epoch_size)),
         interpret=interpret_mode(),
         name="choose_keys",
     )(windows, order, document, limits.reshape(row_count, -1))

@@ -13,20 +13,23 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.contract import BlockSizes
+from pallas_kernels.tpu import vmem
+from pallas_kernels.tpu.vmem import LANES
 
 Semantics: TypeAlias = Literal["parallel", "arbitrary"]
 
-LANES = 128
-"""Lanes of a vector register: keys of one tile, and what every row of scalars is a multiple of."""
-
 MAX_HEAD_DIM = 256
+GRANULE = 512
+"""Slots that the parts of a list are rounded up to."""
+
+MOST_ROWS = 16
+"""Rows that a query's lists may hold in memory: epochs are no shorter than a window over this."""
 
 # VMEM of one TensorCore in MiB, by the device kind that JAX reports.
 _VMEM = {"TPU v4": 16, "TPU v5 lite": 128, "TPU v5": 64, "TPU v6 lite": 128, "TPU7x": 64}
 _SMALLEST_VMEM = min(_VMEM.values())
-# What a kernel may take without asking, and what tiles of logits, queries and outputs take beside the lists.
+# What a kernel may take without asking.
 _DEFAULT_VMEM = 16 << 20
-_TILE_BYTES = 8 << 20
 
 _interpreted: ContextVar[Any] = ContextVar("interpreted", default=False)
 _target: ContextVar[str | None] = ContextVar("target", default=None)
@@ -36,46 +39,74 @@ _target: ContextVar[str | None] = ContextVar("target", default=None)
 class TpuBlockSizes(BlockSizes):
     """Tiles of block_q positions, all query heads of a group together, by block_k keys.
 
-    wide: keys of a tile that all of its queries see; chunk: keys of the identity layout in VMEM at a time.
+    wide: keys of a tile that all of its queries see; chunk: keys of the identity layout in VMEM at a time; rows: query
+    heads × positions that a tile may have. Larger groups take shorter tiles, and then stand apart.
     """
 
     wide: int = 512
     chunk: int = 2048
+    rows: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_k != LANES:
             raise ValueError(f"block_k must be {LANES}, the lanes of a register, got {self.block_k}")
-        for name, divisor in (("block_q", LANES), ("wide", 2 * LANES), ("granule", self.wide), ("chunk", self.wide)):
+        units = {"block_q": LANES, "rows": LANES, "wide": 2 * LANES, "granule": self.wide, "chunk": self.wide}
+        for name, divisor in units.items():
             if getattr(self, name) % divisor:
                 raise ValueError(f"{name} must be a multiple of {divisor}, got {getattr(self, name)}")
 
 
-def block_sizes(queries: int, keys: int, window: int, head_dim: int) -> TpuBlockSizes:
+def block_sizes(queries: int, keys: int, window: int, head_dim: int, dtype: jnp.dtype) -> TpuBlockSizes:
     """Sizes for the TPU at hand, or, where there is none, for the generation with the least VMEM.
 
     Long epochs move each carried row less often; the lists of one must fit in VMEM together with the float32
-    gradients of its rows. Raises: ValueError for a window whose lists do not fit at any size.
+    gradients of its rows. Where those of no epoch fit, one epoch takes all queries: that is the identity layout.
     """
-    kind = _device_kind()
-    room = _VMEM.get(kind or "", _SMALLEST_VMEM) << 20
-    epoch = min(max(512, _round_up(window, 256)), 2048, _round_up(queries, LANES))
-    carried = _round_up(window, 512)
-    while epoch > 256 and list_bytes(carried + epoch, carried, head_dim) > room // 2:
-        epoch = _round_up(epoch // 2, LANES)
-    if kind and window + epoch < keys and list_bytes(carried + epoch, carried, head_dim) > 3 * room // 4:
-        raise ValueError(
-            f"window {window} is too large for the {room >> 20} MiB of VMEM of a {kind} core; "
-            "take a smaller window or implementation='xla'"
-        )
-    return TpuBlockSizes(epoch=epoch, block_q=256 if epoch % 256 == 0 else LANES, block_k=LANES, granule=512)
+    room = _room()
+    dim, itemsize = head_dim, jnp.dtype(dtype).itemsize
+    longest = min(max(512, _round_up(window, 256)), 2048, _round_up(queries, LANES))
+    epochs = [longest]
+    while epochs[-1] > 256:
+        epochs.append(_round_up(epochs[-1] // 2, LANES))
+    for rows in (1024, 512, 256):
+        for epoch in epochs:
+            if window + epoch >= keys or window > MOST_ROWS * epoch:
+                continue
+            carried, before = _round_up(window, GRANULE), queries < keys
+            capacity = _round_up(carried + epoch, GRANULE)
+            needed = max(
+                vmem.dquery_bytes(capacity, rows, dim, itemsize, 512),
+                vmem.dkey_bytes(capacity, carried, epoch, rows, dim, itemsize, listed=True, before=before),
+                vmem.stream_bytes(capacity, carried, epoch, dim, itemsize, before=before),
+            )
+            if needed <= room:
+                return _sizes(epoch, rows=rows)
+    whole = _round_up(max(queries, keys - window), LANES) if window < keys else longest
+    for rows in (1024, 512, 256):
+        for chunk in (2048, 1024, 512):
+            needed = max(
+                vmem.dquery_bytes(chunk, rows, dim, itemsize, 512),
+                vmem.dkey_bytes(chunk, 0, chunk, rows, dim, itemsize, listed=False, before=False),
+            )
+            if needed <= room:
+                return _sizes(whole, rows=rows, chunk=chunk)
+    raise AssertionError(f"no tile of head size {head_dim} fits in {room} bytes")
 
 
-def list_bytes(slots: int, carried: int, head_dim: int) -> int:
-    """VMEM of one list in the backward pass: bfloat16 keys and values twice (one pair is on its way), float32
-    gradients of its slots and of those carried on, and columns of scalars."""
-    dim = _round_up(head_dim, LANES)
-    return slots * dim * (2 * 2 * 2 + 2 * 4) + carried * (2 * dim + LANES) * 4 + slots * LANES * 4 * 4
+def walk_fits(carried: int, epoch: int) -> bool:
+    """Whether keys can be chosen in VMEM, with so many kept from epoch to epoch."""
+    return max(vmem.choosing_bytes(carried, epoch), vmem.lifetimes_bytes(carried, epoch)) <= _room()
+
+
+def _room() -> int:
+    """Bytes of VMEM that a kernel may take: what is there, less a sixteenth for the compiler's own."""
+    return (_VMEM.get(_device_kind() or "", _SMALLEST_VMEM) << 20) * 15 // 16
+
+
+def _sizes(epoch: int, **others: int) -> TpuBlockSizes:
+    block_q = 2 * LANES if epoch % (2 * LANES) == 0 else LANES
+    return TpuBlockSizes(epoch=epoch, block_q=block_q, block_k=LANES, granule=GRANULE, **others)
 
 
 def unavailable() -> str | None:
@@ -129,14 +160,12 @@ def _device_kind() -> str | None:
     return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
 
 
-def compiler_params(*semantics: Semantics, vmem: int = 0) -> pltpu.CompilerParams:
+def compiler_params(*semantics: Semantics, needed: int) -> pltpu.CompilerParams:
     """Grid dimensions that may run in any order are "parallel": chips of two cores share them.
 
-    vmem: bytes of the rows a kernel keeps; beyond what the compiler grants by default, room is asked for.
+    needed: bytes of VMEM, by `vmem`; beyond what the compiler grants by default, room is asked for.
     """
-    wanted = vmem + _TILE_BYTES
-    limit = wanted if wanted > _DEFAULT_VMEM else None
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=max(needed, _DEFAULT_VMEM))
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int32
 from pallas_kernels.tpu.choosing import ROWS, Walk
 from pallas_kernels.tpu.config import LANES, compiler_params, interpret_mode
 from pallas_kernels.tpu.routing import HERE, close_up, from_bytes, lanes, spread, take, to_bytes
+from pallas_kernels.tpu.vmem import lifetimes_bytes
 
 
 def walk_back(
@@ -88,7 +89,7 @@ def walk_back(
             pltpu.VMEM((ROWS, LANES), jnp.int32),
             *[pltpu.VMEM((1, epoch_size), jnp.int32)] * 3,
         ],
-        compiler_params=compiler_params("parallel", "arbitrary"),
+        compiler_params=compiler_params("parallel", "arbitrary", needed=lifetimes_bytes(carried, epoch_size)),
         interpret=interpret_mode(),
         name="lifetimes",
     )(*flat)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -28,6 +31,8 @@ def forward(
     """`contract.Forward` for bfloat16 and float32 and head sizes up to 256."""
     assert isinstance(blocks, TpuBlockSizes)
     queries = query.shape[1]
+    parts, blocks = cut_groups(query.shape[2] // key.shape[2], blocks)
+    key, value, bias, intervals = repeat_heads(key, value, bias, intervals, parts)
     rows = lay_rows(key, value, bias, intervals, queries=queries, sizes=blocks)
     tiled = by_head(query, key.shape[2], padded_length(queries, blocks, rows.listed))
     out, stats = attend(tiled, rows, scale=scale, sizes=blocks)
@@ -50,6 +55,8 @@ def backward(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"], Float[Array, "B S K"]]:
     """`contract.Backward`; rows are streamed again rather than kept."""
     assert isinstance(blocks, TpuBlockSizes)
+    parts, blocks = cut_groups(query.shape[2] // key.shape[2], blocks)
+    key, value, bias, intervals = repeat_heads(key, value, bias, intervals, parts)
     (_, queries, _, dim), (length, kv_heads) = query.shape, key.shape[1:3]
     lists = intervals.lists
     rows = lay_rows(key, value, bias, intervals, queries=queries, sizes=blocks)
@@ -63,7 +70,7 @@ def backward(
     dquery = query_gradient(query, dout, stats, rows, scale=scale, sizes=blocks)
     entry_slot = None if lists is None else own_entries(lists, length - queries, padded)
     dkey, dvalue, dbias, of_first = key_gradients(
-        query, dout, stats, rows, lists, entry_slot, scale=scale, sizes=blocks
+        query, dout, stats, rows, lists, entry_slot, before=length > queries, scale=scale, sizes=blocks
     )
     dbias = dbias[:, :, 0]
     if lists is not None:
@@ -76,13 +83,38 @@ def backward(
                 jnp.concatenate([early.astype(late.dtype), late], axis=2)
                 for early, late in zip(before, (dkey, dvalue, dbias), strict=True)
             )
-    dkey, dvalue, dbias = (jnp.moveaxis(array[:, :, :length], 2, 1) for array in (dkey, dvalue, dbias))
+    dkey, dvalue, dbias = (
+        add_parts(jnp.moveaxis(array[:, :, :length], 2, 1), parts) for array in (dkey, dvalue, dbias)
+    )
     return (
         by_token(dquery, queries, dim),
         dkey[..., :dim],
         dvalue[..., :dim],
         dbias.astype(bias.dtype),
     )
+
+
+def cut_groups(group: int, sizes: TpuBlockSizes) -> tuple[int, TpuBlockSizes]:
+    """Into how many parts a group's query heads are cut so that those of LANES positions fit in a tile, and tiles as
+    long as the parts allow."""
+    parts = next(parts for parts in range(1, group + 1) if group % parts == 0 and group // parts * LANES <= sizes.rows)
+    return parts, sizes if group // parts * sizes.block_q <= sizes.rows else replace(sizes, block_q=LANES)
+
+
+def repeat_heads(key, value, bias, intervals: Intervals, parts: int):
+    """Each kv head as often as its group has parts: a part then is a group of its own."""
+    if parts == 1:
+        return key, value, bias, intervals
+    key, value, bias = (jnp.repeat(array, parts, axis=2) for array in (key, value, bias))
+    return key, value, bias, jax.tree.map(lambda array: jnp.repeat(array, parts, axis=1), intervals)
+
+
+def add_parts(gradient: Float[Array, "B S KP *D"], parts: int) -> Float[Array, "B S K *D"]:
+    """Sums over the parts of a group, in float32."""
+    if parts == 1:
+        return gradient
+    by_part = gradient.reshape(*gradient.shape[:2], -1, parts, *gradient.shape[3:])
+    return by_part.sum(axis=3, dtype=jnp.float32).astype(gradient.dtype)
 
 
 def lay_rows(key, value, bias, intervals: Intervals, *, queries: int, sizes: TpuBlockSizes) -> Rows:

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import BlockSizes, EpochLists, Intervals
 from pallas_kernels.tpu.choosing import NEVER, ROWS, walk_forward
-from pallas_kernels.tpu.config import LANES
+from pallas_kernels.tpu.config import LANES, walk_fits
 from pallas_kernels.tpu.lifetimes import walk_back
 
-MAX_WINDOW, MAX_EPOCH = 8192, 2048
+MAX_WINDOW, MAX_EPOCH = 32768, 2048
 """Eight rows of so many keys, and what is said of each, stay in VMEM; a position in an epoch has 11 bits."""
 
 
@@ -35,9 +35,10 @@ def select(
     windows = tuple(min(window, length) for window in windows)
     unit = blocks.granule if listed else 2 * LANES
     carried = -(-max(windows) // unit) * unit
-    if gate.dtype == jnp.float64 or carried > MAX_WINDOW or blocks.epoch > MAX_EPOCH:
+    # Without lists epochs are the walk's own.
+    size, offset = blocks.epoch if listed else min(blocks.epoch, MAX_EPOCH), length - queries
+    if gate.dtype == jnp.float64 or carried > MAX_WINDOW or size > MAX_EPOCH or not walk_fits(carried, size):
         return None
-    size, offset = blocks.epoch, length - queries
     # Whole epochs on either side of the first query.
     first = -(-offset // size)
     before = first * size - offset

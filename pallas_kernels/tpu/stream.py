@@ -16,8 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import EpochLists
-from pallas_kernels.tpu.config import LANES, compiler_params, interpret_mode, list_bytes
+from pallas_kernels.tpu.config import LANES, compiler_params, interpret_mode
 from pallas_kernels.tpu.tiles import NN, NT, product
+from pallas_kernels.tpu.vmem import stream_bytes
 
 PLANES = 16
 """Rows of the scalars that travel with a slot, one byte each: 4 of bias, 4 of end, 4 of start, 4 unused."""
@@ -152,7 +153,12 @@ def stream_rows(
             pltpu.VMEM((capacity, dim), dtype),
             pltpu.VMEM((PLANES, capacity), jnp.bfloat16),
         ],
-        compiler_params=compiler_params("parallel", "parallel", "arbitrary", vmem=list_bytes(capacity, carried, dim)),
+        compiler_params=compiler_params(
+            "parallel",
+            "parallel",
+            "arbitrary",
+            needed=stream_bytes(capacity, carried, size, dim, dtype.itemsize, before=initial is not None),
+        ),
         interpret=interpret_mode(),
         name="stream_rows",
     )(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from pallas_kernels.contract import BlockSizes
 
 
-def block_sizes(queries: int, keys: int, window: int, head_dim: int) -> BlockSizes:
+def block_sizes(queries: int, keys: int, window: int, head_dim: int, dtype: jnp.dtype) -> BlockSizes:
     """Epochs as long as the window, within what keeps a logit tile small.
 
     An epoch's list holds window + epoch keys, so longer epochs do more arithmetic a query, shorter ones
     gather more rows a query. Tiles are epoch × block_k for every head of the batch at once: that product is
     what bounds temporary memory, so both are capped whatever the window is.
     """
-    del head_dim
+    del head_dim, dtype
     epoch = min(max(64, min(_power_of_two_up_to(window), 256)), queries)
     return BlockSizes(epoch=epoch, block_q=epoch, block_k=min(512, keys))
 
