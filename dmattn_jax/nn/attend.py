@@ -71,9 +71,9 @@ def attend_patterns(
     arrays = [query, key, value, *places, patterns.inside, patterns.diagonals, patterns.verticals, patterns.columns]
     of_heads = [("heads", None, None), ("heads", None), ("heads", None), ("kv_heads", None)]
 
-    def local(query, key, value, order, start, *masks):
+    def local(query, key, value, order, start, inside, diagonals, verticals, columns):
         places, scale = Places(order, start), query.shape[3] ** -0.5
-        own = Patterns(*masks, reach=patterns.reach)
+        own = Patterns(inside, diagonals, verticals, columns, reach=patterns.reach)
         return pattern_attention(query, key, value, own, places, places, scale=scale)
 
     whole = ("heads", "kv_heads") if key.shape[2] % axis_size("kv_heads") else ()

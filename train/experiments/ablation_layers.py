@@ -49,7 +49,7 @@ def earlier_first_attention(
     windows = check_window(window, kv_heads)
     documents = document_bounds(segment_ids, batch, length)
     backend = choose_implementation(None, query.dtype, query.shape[3])
-    blocks = backend.block_sizes(length, length, max(windows), query.shape[3])
+    blocks = backend.block_sizes(length, length, max(windows), query.shape[3], query.dtype)
     ranked = jnp.moveaxis(earlier_first(gate), 2, 1)
     intervals = choose_intervals(ranked, windows, documents, length, backend, blocks)
     token = documents.token[:, :, None, None]
