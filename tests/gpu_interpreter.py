@@ -7,6 +7,7 @@ keep their XLA form, as on any CPU.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import MOSAIC_GPU
 
+THREADS = 32
 AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
 
 
@@ -30,6 +32,9 @@ class Sum:
 
 def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None:
     """Until the test ends, "mosaic_gpu" runs on this machine. Few multiprocessors, so that each has pieces in turn."""
+    if int(os.environ.get("NPROC", "0")) < THREADS:
+        # Warpgroups wait for each other in callbacks, and in a pool of as many threads as cores they would for ever.
+        pytest.fail(f"set NPROC={THREADS} before Python starts: it is how many threads the interpreter may use")
     kernel, multiply, arrive = plgpu.kernel, plgpu.wgmma, plgpu.barrier_arrive
 
     def interpreted(*args: Any, **options: Any) -> Any:

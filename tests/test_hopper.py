@@ -4,20 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_interpreter import AVAILABLE, interpret
-from reference import (
-    EACH,
-    GATES,
-    RATIO,
-    assert_close,
-    make_case,
-    make_gate,
-    make_segments,
-    residue,
-    rounded,
-    run,
-    truth,
-)
+from reference import GATES, make_gate, make_segments
 
 from dmattn_jax import dynamic_mask_attention
 from dmattn_jax.documents import document_bounds
@@ -166,24 +153,6 @@ def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, d
     kernels = program.count("stablehlo.custom_call @mosaic_gpu")
     # Three of attention; with lists also their merges, tables and sums.
     assert kernels >= (3 if window >= keys else 20), f"{kernels} kernels"
-
-
-INTERPRETED = {
-    "packed documents, a window per head": ({"keys": 331, "window": (150, 41), "segments": "inside"}, "bfloat16"),
-    "narrow heads": ({"keys": 257, "window": 300, "gate": "holes", "dim": 40}, "float16"),
-}
-
-
-# The interpreter belongs to newer versions of JAX; where it is not, the kernels are lowered and no more.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", INTERPRETED if AVAILABLE else ())
-def test_kernels_without_races_under_the_interpreter(monkeypatch, name):
-    """Forward and backward against float64, with every access to shared memory checked against the barriers."""
-    options, dtype = INTERPRETED[name]
-    case = rounded(make_case(**{"batch": 1, "kv_heads": 2, "dim": 64, **options}), dtype)
-    interpret(monkeypatch)
-    got = run(case, dtype, implementation="mosaic_gpu")
-    assert_close(got, truth(case), ratio=RATIO[dtype], each=EACH[dtype], zero=residue(case, dtype))
 
 
 def test_epochs_are_powers_of_two():
