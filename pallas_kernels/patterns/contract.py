@@ -23,6 +23,7 @@ R distances, C columns, V kept columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -72,7 +73,8 @@ class Kept(NamedTuple):
 class Forward(Protocol):
     """(query, key, value, patterns, places of the queries and of the keys) -> out.
 
-    kept: None where `key` holds whole documents in order; then columns are read from there. Otherwise every pair
+    kept: None where `key` holds whole documents in order; then columns are read from there, and `order` is the row of
+    `key`. Otherwise every pair
     closer than `patterns.reach` is read from `key`, in which order has no meaning, and every other from `kept`; all
     tokens of a row are then of one document.
     """
@@ -89,3 +91,17 @@ class Forward(Protocol):
         *,
         scale: float,
     ) -> Float[Array, "B T H D"]: ...
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A forward for one kind of device.
+
+    unavailable(): None where it runs on this machine, else the reason in words.
+    unsupported(query, key, kept): None where it takes such arrays, else the reason in words.
+    """
+
+    name: str
+    forward: Forward
+    unavailable: Callable[[], str | None]
+    unsupported: Callable[[Array, Array, Kept | None], str | None]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.patterns.contract import Kept, Patterns, Places
+from pallas_kernels.patterns.contract import Implementation, Kept, Patterns, Places
 from pallas_kernels.xla.tiles import accumulation_dtype, matmul, pad_queries
 
 BLOCK = 128
@@ -226,3 +226,6 @@ def _accumulate(tile, rows: _Rows, shown, state, scale: float, dtype):
     rescale = jnp.exp(largest - reference)
     weighted = weighted * rescale[..., None] + matmul("bkgtc,bkcd->bkgtd", weights.astype(values.dtype), values, dtype)
     return new, total * rescale + weights.sum(-1), weighted
+
+
+XLA = Implementation("xla", pattern_attention, unavailable=lambda: None, unsupported=lambda *_: None)
