@@ -155,7 +155,9 @@ def map_over_mesh(
     if mesh is None:
         return function(*arrays)
     axes = free_axes(mesh)
-    batch = {array.shape[list(name).index("batch")] for array, name in zip(arrays, names, strict=True)}
+    batch = {
+        array.shape[list(name).index("batch")] for array, name in zip(arrays, names, strict=True) if "batch" in name
+    }
     split = all(size % axis_size("batch") == 0 for size in batch)
 
     def spec(axis_names: Sequence[str | None]) -> PartitionSpec:

@@ -10,6 +10,7 @@ from flax import nnx
 from dmattn_jax.cache import token_positions
 from dmattn_jax.documents import document_bounds
 from dmattn_jax.nn.attention import MultiHeadAttention
+from dmattn_jax.partitioning import axis_size, map_over_mesh
 from dmattn_jax.pattern_cache import PatternCache
 from pallas_kernels.patterns import Patterns, Places, pattern_attention
 
@@ -36,8 +37,7 @@ class PatternAttention(MultiHeadAttention):
 
     @property
     def patterns(self) -> Patterns:
-        arrays = (self.inside[...], self.diagonals[...], self.verticals[...], self.columns[...])
-        return Patterns(*arrays, reach=self.reach)
+        return Patterns(self.inside[...], self.diagonals[...], self.verticals[...], self.columns[...], reach=self.reach)
 
     def init_cache(self, batch: int, max_length: int) -> Any:
         # Of a stack of layers the last axis alone counts.
@@ -47,11 +47,25 @@ class PatternAttention(MultiHeadAttention):
         )
 
     def _attend(self, query, key, value, segment_ids):
-        batch, length = key.shape[:2]
-        documents = document_bounds(segment_ids, batch, length)
-        index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-        places = Places(index, jnp.where(documents.token, documents.start, -1))
-        return pattern_attention(query, key, value, self.patterns, places, places, scale=self.head_dim**-0.5)
+        """On a mesh each device attends with its own heads, or with all of them where the mesh does not divide them."""
+
+        def local(query, key, value, inside, diagonals, verticals, columns, ids=None):
+            patterns = Patterns(inside, diagonals, verticals, columns, reach=self.reach)
+            batch, length = key.shape[:2]
+            documents = document_bounds(ids, batch, length)
+            index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+            places = Places(index, jnp.where(documents.token, documents.start, -1))
+            return pattern_attention(query, key, value, patterns, places, places, scale=self.head_dim**-0.5)
+
+        divides = key.shape[2] % axis_size("kv_heads") == 0
+        heads, kv_heads = ("heads", "kv_heads") if divides else (None, None)
+        own, keys = ("batch", None, heads, None), ("batch", None, kv_heads, None)
+        masks = self.patterns
+        arrays = [query, key, value, masks.inside, masks.diagonals, masks.verticals, masks.columns]
+        names = [own, keys, keys, (heads, None, None), (heads, None), (heads, None), (kv_heads, None)]
+        if segment_ids is not None:
+            arrays, names = [*arrays, segment_ids], [*names, ("batch", None)]
+        return map_over_mesh(local, arrays, names, own)
 
     def _attend_cached(self, query, key, value, token, cache):
         patterns = self.patterns

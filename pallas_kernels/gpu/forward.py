@@ -49,8 +49,8 @@ def attend(
 
     def body(q_ref, k_ref, v_ref, meta_ref, runs_ref, out_ref, shift_ref, total_ref, *, scratch):
         (q_smem, k_smem, v_smem, meta_smem, stat_smem), barriers = scratch
-        *shared, q_full, q_free, turn = barriers
-        slots = Slots(k_smem, v_smem, *shared, turn)
+        k_full, v_full, meta_full, k_free, v_free, meta_free, q_full, q_free, turn = barriers
+        slots = Slots(k_smem, v_smem, k_full, v_full, meta_full, k_free, v_free, meta_free, turn)
         program, thread = lax.axis_index("program"), lax.axis_index("thread")
 
         def for_each_piece(visit):

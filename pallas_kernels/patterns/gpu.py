@@ -1,8 +1,8 @@
 """Pattern attention on Hopper: the forward kernel's schedule over tiles that patterns decide.
 
-A producer warpgroup streams tiles of keys by TMA, two consumer warpgroups attend (`gpu.softmax`). A piece of work is one
-query head and 128 queries. Masks of tiles come as words of bits, four for each query, that lie in the registers of the
-threads that hold its row (`slabs`).
+A producer warpgroup streams tiles of keys by TMA, two consumer warpgroups attend (`gpu.softmax`). A piece of work is
+one query head and 128 queries. Masks of tiles come as words of bits, four for each query, that lie in the registers of
+the threads that hold its row (`slabs`).
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ def _attend(
     def body(
         q_ref, k_ref, v_ref, far_k_ref, far_v_ref, meta_ref, masks_ref, back_ref, runs_ref, out_ref, *, scratch
     ):  # fmt: skip
-        (q_smem, k_smem, v_smem, meta_smem, mask_smem), (*shared, q_full, q_free, turn) = scratch
-        slots = Slots(k_smem, v_smem, *shared, turn)
+        (q_smem, k_smem, v_smem, meta_smem, mask_smem), barriers = scratch
+        k_full, v_full, meta_full, k_free, v_free, meta_free, q_full, q_free, turn = barriers
+        slots = Slots(k_smem, v_smem, k_full, v_full, meta_full, k_free, v_free, meta_free, turn)
         program, thread = lax.axis_index("program"), lax.axis_index("thread")
 
         def for_each_piece(visit):

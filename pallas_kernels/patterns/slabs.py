@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -84,9 +83,7 @@ def visits(patterns: Patterns, length: int) -> Visits:
     return Visits(near, masks, back, runs.astype(jnp.int32), columns)
 
 
-def biases(
-    patterns: Patterns, seen: Visits, bias: Float[Array, "B K S"]
-) -> Float[Array, "B H 2 R"]:
+def biases(patterns: Patterns, seen: Visits, bias: Float[Array, "B K S"]) -> Float[Array, "B H 2 R"]:
     """What is added to logits, and the position of the key where that is compared: of the keys that the map's rows
     read [near · TILE], of all keys without the head's columns [S], and of the columns."""
     batch, kv_heads, length = bias.shape
