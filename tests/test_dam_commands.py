@@ -63,14 +63,14 @@ def test_eval_compares_masks_of_equal_density(home):
     shown = run("eval", home / "model.gguf", home / "masks", *args)
     found = json.loads(output.read_text())
     rows = {row["name"]: row for row in found["results"]}
-    assert list(rows) == ["dense", "dam", "sliding_window", "sink_and_window", "exact_top"]
+    assert list(rows) == ["dense", "dam", "sliding_window", "sink_and_window", "vertical_slash", "exact_top"]
     assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-5)
     assert rows["dense"]["agreement"] == 1
     for name, row in rows.items():
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
-        assert f"| 41 | {name.replace('_', ' ')} | {row['density']:.1%} |" in shown
+        assert f"| held-out | 41 | {name.replace('_', ' ')} | {row['density']:.1%} |" in shown
         assert name == "dense" or (row["kl"] > 1e-4 and row["agreement"] <= 1)
-    for name in ("sliding_window", "sink_and_window", "exact_top"):
+    for name in ("sliding_window", "sink_and_window", "vertical_slash", "exact_top"):
         # a window is a whole number of keys
         assert abs(rows[name]["density"] - rows["dam"]["density"]) < 1.1 / 41
     assert found["summary"]["heads"] == 8
@@ -154,10 +154,11 @@ def test_bad_input_in_one_line(capsys, home, tmp_path):
     args = ("--text", text, "--length", 17, "--output", tmp_path / "out")
     assert "length must be in 2 … 16, the model's positions, got 17" in refused(capsys, "capture", long, *args)
     assert "no document has 99 tokens" in refused(capsys, "eval", model, masks, "--text", text, "--lengths", 99)
+    assert "nothing to measure: give --text" in refused(capsys, "eval", model, masks)
     assert "rows must be >= 1, got 0" in refused(capsys, "eval", model, masks, "--text", text, "--rows", 0)
 
 
-@pytest.mark.parametrize("command", ["capture", "match", "apply", "eval", "plot"])
+@pytest.mark.parametrize("command", ["capture", "match", "apply", "plot", "text", "eval", "sweep"])
 def test_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as ended:
         cli.main(["dam", command, "--help"])

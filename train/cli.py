@@ -239,9 +239,11 @@ DAM_HELP = """usage: dmattn dam COMMAND ...
 Dynamic attention masks for a frozen dense model: record its attention, match patterns, attend through them.
 
 Examples:
-  dmattn dam capture model.gguf --text notes/ --length 128 --output dam/
+  dmattn dam sweep model.gguf --output runs/dam      (all of it: text, masks of many settings, what they keep)
+  dmattn dam text dam-text
+  dmattn dam capture model.gguf --text dam-text/calibration --length 128 --output dam/
   dmattn dam match dam/ --threshold 0.3 --mu 0.8
-  dmattn dam eval model.gguf dam/ --text held-out/ --lengths 1024
+  dmattn dam eval model.gguf dam/ --text dam-text/held-out/prose --lengths 1024
   dmattn dam apply model.gguf dam/ --prompt 'Once upon a time'
   dmattn dam plot dam/
 
@@ -330,7 +332,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "serve": ("answer OpenAI's API over HTTP", lambda a: _parse(inference.serve, "dmattn serve", a)),
     "eval": ("loss on any text, or lm_eval's tasks", lambda a: _parse(inference.evaluate, "dmattn eval", a)),
     "bench": ("measure this machine: attention, generation, training steps", _bench),
-    "dam": ("masks for a frozen dense model: capture, match, apply, eval, plot", _dam),
+    "dam": ("masks for a frozen dense model: capture, match, apply, eval, sweep, plot", _dam),
     "export": ("write a trained model as a Hugging Face folder", _export),
     "plan": ("parameters, FLOPs and memory of a preset, nothing allocated", _plan),
     "tokenizer": ("train a tokenizer", _tokenizer),

@@ -29,15 +29,20 @@ class Masks:
     model: str = ""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def patterns(self, kv_heads: int) -> Patterns:
-        """The kernel's arrays, each with a leading layers axis; shapes and reach are the largest layer's."""
-        columns = _columns(self.verticals, kv_heads)
+    def patterns(self, kv_heads: int, granule: int = 1) -> Patterns:
+        """The kernel's arrays, each with a leading layers axis; shapes and reach are the largest layer's, rounded up
+        to multiples of granule."""
+
+        def filled(array: np.ndarray, value: int = 0) -> jnp.ndarray:
+            missing = -array.shape[-1] % granule
+            return jnp.asarray(np.pad(array, ((0, 0), (0, 0), (0, missing)), constant_values=value))
+
         return Patterns(
             jnp.asarray(self.inside),
-            jnp.asarray(self.diagonals),
-            jnp.asarray(self.verticals),
-            jnp.asarray(columns),
-            self.reach(kv_heads),
+            filled(self.diagonals),
+            filled(self.verticals),
+            filled(_columns(self.verticals, kv_heads), -1),
+            -(-self.reach(kv_heads) // granule) * granule,
         )
 
     def reach(self, kv_heads: int) -> int:

@@ -1,9 +1,8 @@
 """Forward pass on Hopper: a producer warpgroup streams key tiles by TMA, two consumer warpgroups attend.
 
 A piece of work is one query head and `block_q` queries. What it visits are runs of key tiles (`tiles.query_runs`):
-those that every one of its queries sees whole, then those that need the interval compare. The two consumers take
-half of the queries each and alternate on the matrix unit: while one multiplies, the other does its softmax (the
-schedule of FlashAttention-3, arXiv 2407.08608).
+those that every one of its queries sees whole, then those that need the interval compare; the consumers' part is in
+`softmax`.
 
 With a window a piece is only some ten key tiles long, so there is one program a multiprocessor, which takes pieces in
 turn: the producer loads the next one's queries and keys while the last one's outputs are still being written.
@@ -20,10 +19,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.config import HopperBlockSizes, multiprocessors
 from pallas_kernels.gpu.pipeline import HALF_TILE, load_vector, produce
+from pallas_kernels.gpu.softmax import Slots, attend_tiles, normalised
 from pallas_kernels.gpu.tiles import LOG2E, Rows
-
-# Where nothing has been seen yet: finite, so that differences of it are 0 and not NaN.
-NOTHING = -1e30
 
 
 def attend(
@@ -52,7 +49,8 @@ def attend(
 
     def body(q_ref, k_ref, v_ref, meta_ref, runs_ref, out_ref, shift_ref, total_ref, *, scratch):
         (q_smem, k_smem, v_smem, meta_smem, stat_smem), barriers = scratch
-        k_full, v_full, meta_full, q_full, k_free, v_free, meta_free, q_free, turn = barriers
+        k_full, v_full, meta_full, k_free, v_free, meta_free, q_full, q_free, turn = barriers
+        slots = Slots(k_smem, v_smem, k_full, v_full, meta_full, k_free, v_free, meta_free, turn)
         program, thread = lax.axis_index("program"), lax.axis_index("thread")
 
         def for_each_piece(visit):
@@ -74,80 +72,30 @@ def attend(
             q_tile = q_smem.at[buffer]
             first = tile * block_q + thread * half
             plgpu.barrier_wait(q_full.at[buffer])
-            by_row = plgpu.Layout.WGMMA.reduce(1)
             by_column = plgpu.Layout.WGMMA.reduce(0)
-            shift = plgpu.layout_cast(jnp.full((half,), NOTHING, jnp.float32), by_row)
-            total = plgpu.layout_cast(jnp.full((half,), 0, jnp.float32), by_row)
-            weighted = plgpu.layout_cast(jnp.full((half, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
             within = lax.rem(tile, jnp.int32(tiles_per_epoch)) * block_q + thread * half
-
-            def take_turn():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
 
             def slot_of(number):
                 return lax.rem(done + number, jnp.int32(stages))
 
-            @pl.when(count > 0)
-            def _first_keys():
-                plgpu.barrier_wait(k_full.at[slot_of(0)])
-
-            pl.when(thread == 1)(take_turn)
-
-            def step(number, carry, masked):
-                weighted, shift, total = carry
-                slot = slot_of(number)
-
-                def scores_of(acc):
-                    plgpu.wgmma(acc, q_tile, k_smem.at[slot].transpose((1, 0)))
-                    take_turn()
-                    return acc[...]
-
-                scores = pl.run_scoped(scores_of, plgpu.ACC((half, block_k), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-                plgpu.barrier_wait(meta_full.at[slot])
+            def biased(scores, slot):
                 bias = load_vector(meta_smem.at[slot, 0], by_column)
-                scores = scores * factor + lax.broadcast_in_dim(bias, scores.shape, [1])
-                if masked:
-                    start = load_vector(meta_smem.at[slot, 1], by_column)
-                    end = load_vector(meta_smem.at[slot, 2], by_column)
-                    position = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
-                    position = (position + within).astype(jnp.float32)
-                    sees = (lax.broadcast_in_dim(start, scores.shape, [1]) <= position) & (
-                        position < lax.broadcast_in_dim(end, scores.shape, [1])
-                    )
-                    scores = jnp.where(sees, scores, -jnp.inf)
-                plgpu.barrier_arrive(meta_free.at[slot])
-                new = jnp.maximum(shift, scores.max(axis=1))
-                rescale = jnp.exp2(shift - new)
-                weights = jnp.exp2(scores - lax.broadcast_in_dim(new, scores.shape, [0]))
-                weighted = weighted * lax.broadcast_in_dim(rescale, weighted.shape, [0])
-                total = total * rescale + weights.sum(axis=1)
-                low = weights.astype(dtype)
-                weighted, total, new, low = lax.optimization_barrier((weighted, total, new, low))
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(turn)
+                return scores * factor + lax.broadcast_in_dim(bias, scores.shape, [1])
 
-                def add_values(acc):
-                    plgpu.wgmma(acc, low, v_smem.at[slot])
-                    following = number + 1
+            def masked(scores, slot):
+                scores = biased(scores, slot)
+                start = load_vector(meta_smem.at[slot, 1], by_column)
+                end = load_vector(meta_smem.at[slot, 2], by_column)
+                position = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+                position = (position + within).astype(jnp.float32)
+                sees = (lax.broadcast_in_dim(start, scores.shape, [1]) <= position) & (
+                    position < lax.broadcast_in_dim(end, scores.shape, [1])
+                )
+                return jnp.where(sees, scores, -jnp.inf)
 
-                    @pl.when(following < count)
-                    def _next_keys():
-                        plgpu.barrier_wait(k_full.at[slot_of(following)])
-
-                weighted = pl.run_state(add_values)(plgpu.ACC.init(weighted))
-                plgpu.barrier_arrive(v_free.at[slot])
-                return weighted, new, total
-
-            carry = (weighted, shift, total)
-            carry = lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
-            weighted, shift, total = lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
-            pl.when(thread == 0)(take_turn)
-
-            divisor = jnp.where(total == 0.0, 1.0, total)
-            weighted = weighted / lax.broadcast_in_dim(divisor, weighted.shape, [0])
+            runs = ((whole, biased), (count, masked))
+            weighted, shift, total = attend_tiles(q_tile, slots, slot_of, runs, thread)
+            weighted = normalised(weighted, total)
             q_tile[...] = weighted.astype(dtype)
             stat_smem.at[thread, 0][...] = shift
             stat_smem.at[thread, 1][...] = total
@@ -176,9 +124,9 @@ def attend(
             def copies(step):
                 at = pl.ds(base + jnp.where(step < carried, step, step + skipped) * block_k, block_k)
                 return (
-                    (k_ref.at[item, at, kv_head], k_smem, k_full, k_free),
-                    (meta_ref.at[item, kv_head, :, at], meta_smem, meta_full, meta_free),
-                    (v_ref.at[item, at, kv_head], v_smem, v_full, v_free),
+                    (k_ref.at[item, at, kv_head], k_smem, slots.key_full, slots.key_free),
+                    (meta_ref.at[item, kv_head, :, at], meta_smem, slots.meta_full, slots.meta_free),
+                    (v_ref.at[item, at, kv_head], v_smem, slots.value_full, slots.value_free),
                 )
 
             produce(count, stages, copies, done)
@@ -206,13 +154,9 @@ def attend(
                 plgpu.SMEM((2, 2, half), jnp.float32),
             ),
             (
-                plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_barriers=stages),
+                *(plgpu.Barrier(num_barriers=stages) for _ in range(3)),
+                *(plgpu.Barrier(num_arrivals=2, num_barriers=stages) for _ in range(3)),
                 plgpu.Barrier(num_barriers=4),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
                 plgpu.Barrier(num_barriers=4),
                 plgpu.Barrier(num_arrivals=2),
             ),

@@ -28,7 +28,7 @@ def forward(
     """`contract.Forward` for half precision and head sizes up to 128."""
     assert isinstance(blocks, HopperBlockSizes)
     queries, dim = query.shape[1], query.shape[3]
-    query, key, value = _pad(query, queries, blocks), _pad_heads(key), _pad_heads(value)
+    query, key, value = _pad(query, queries, blocks), pad_heads(key), pad_heads(value)
     rows = gather_rows(key, value, bias, intervals, queries=queries, sizes=blocks)
     out, shift, total = attend(query, rows, query_runs(rows, queries, blocks), scale=scale, sizes=blocks)
     shift, total = (jnp.moveaxis(array[..., :queries], 1, 2) for array in (shift, total))
@@ -58,7 +58,7 @@ def backward(
     padded = padded_length(queries, blocks)
     stats = jnp.pad(stats, [(0, 0), (0, 0), (0, 0), (0, padded - queries)])
     query, dout = _pad(query, queries, blocks), _pad(dout, queries, blocks)
-    padded_key, padded_value = _pad_heads(key), _pad_heads(value)
+    padded_key, padded_value = pad_heads(key), pad_heads(value)
     rows = gather_rows(padded_key, padded_value, bias, intervals, queries=queries, sizes=blocks)
     runs, walks = query_runs(rows, queries, blocks), key_walks(rows, blocks)
     dquery = query_gradient(query, dout, stats, rows, runs, scale=scale, sizes=blocks)
@@ -79,7 +79,7 @@ def backward(
     )
 
 
-def _pad_heads(array: Float[Array, "B N H D"]) -> Float[Array, "B N H _"]:
+def pad_heads(array: Float[Array, "B N H D"]) -> Float[Array, "B N H _"]:
     """Zeros up to a head size the kernels have: they add nothing to any product."""
     dim = array.shape[3]
     size = next(size for size in HEAD_SIZES if size >= dim)
@@ -88,5 +88,5 @@ def _pad_heads(array: Float[Array, "B N H D"]) -> Float[Array, "B N H _"]:
 
 def _pad(array: Float[Array, "B T H D"], queries: int, sizes: HopperBlockSizes) -> Float[Array, "B _ H _"]:
     missing = padded_length(queries, sizes) - queries
-    array = _pad_heads(array)
+    array = pad_heads(array)
     return jnp.pad(array, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else array

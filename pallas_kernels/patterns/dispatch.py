@@ -5,10 +5,11 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from pallas_kernels.patterns.contract import Implementation, Kept, Patterns, Places
+from pallas_kernels.patterns.gpu import MOSAIC_GPU
 from pallas_kernels.patterns.tpu import MOSAIC_TPU
 from pallas_kernels.patterns.xla import XLA
 
-IMPLEMENTATIONS: dict[str, Implementation] = {entry.name: entry for entry in (MOSAIC_TPU, XLA)}
+IMPLEMENTATIONS: dict[str, Implementation] = {entry.name: entry for entry in (MOSAIC_GPU, MOSAIC_TPU, XLA)}
 """The most preferred first; a new backend adds itself here."""
 
 

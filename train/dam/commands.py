@@ -1,21 +1,17 @@
-"""The commands `dmattn dam capture|match|apply|eval|plot`. Heavy imports wait until one runs."""
+"""The commands of `dmattn dam`; those that measure are in `measuring_commands`. Heavy imports wait until one runs."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
-from train.errors import ConfigError, bad_values_are_the_users
-
-if TYPE_CHECKING:
-    from dmattn_jax.dam import Masks
-
-Model = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+from train.dam.arguments import Model, at_least
+from train.dam.measuring_commands import evaluate, sweep, text
+from train.errors import bad_values_are_the_users
 
 
 def capture(
@@ -46,8 +42,8 @@ def capture(
     from train.run_files import open_model
 
     with bad_values_are_the_users():
-        _at_least("length", length, 2)
-        _at_least("rows", rows, 1)
+        at_least("length", length, 2)
+        at_least("rows", rows, 1)
         opened = open_model(model, best=False)
         taken = take_rows(read_documents(text, opened.tokenizer, text_field), length, rows)
         maps = record(
@@ -86,7 +82,7 @@ def match(
     from dmattn_jax.dam import match as match_maps
 
     with bad_values_are_the_users():
-        _at_least("length", length, 1)
+        at_least("length", length, 1)
         masks = match_maps(load_maps(folder), MatchConfig(threshold, mu, min_length, amplifier))
         summary = masks.summary(length)
         save_masks(masks, folder, summary)
@@ -141,55 +137,6 @@ def apply(
     return 0
 
 
-def evaluate(
-    model: Model,
-    folder: tyro.conf.Positional[Path],
-    text: tuple[str, ...],
-    lengths: tuple[int, ...] = (1024,),
-    rows: int = 8,
-    sinks: int = 4,
-    output: Path | None = None,
-    text_field: str = "text",
-) -> int:
-    """Perplexity, KL from the dense model and top-1 agreement on held-out text, beside rivals of the same density.
-
-    Example: dmattn dam eval model.gguf dam/ --text held-out/ --lengths 1024 2048 --output eval.json
-
-    Args:
-        model: The model that dam capture read.
-        folder: Where dam match wrote the masks.
-        text: Files, directories or globs that dam capture did not read.
-        lengths: Tokens of a row; each length is measured by itself.
-        rows: Rows of each length at most.
-        sinks: First keys that the second rival sees besides its window.
-        output: A file for the same numbers as JSON.
-        text_field: The field of JSONL and Parquet rows that holds the text.
-    """
-    from dmattn_jax.dam import load_masks
-    from train.dam.evaluate import compare, table
-    from train.dam.rivals import rivals
-    from train.dam.text import read_documents, take_rows
-    from train.run_files import open_model
-
-    found = []
-    with bad_values_are_the_users():
-        _at_least("lengths", min(lengths, default=0), 2)
-        _at_least("rows", rows, 1)
-        _at_least("sinks", sinks, 0)
-        masks = load_masks(folder)
-        opened = open_model(model, best=False)
-        documents = read_documents(text, opened.tokenizer, text_field)
-        for length in lengths:
-            taken = take_rows(documents, length, rows)
-            found += compare(
-                opened.model, taken, rivals(opened.model, masks, length, sinks), progress=sys.stderr.isatty()
-            )
-    print(table(found))
-    if output is not None:
-        _write(output, masks, found, opened.name, text, max(lengths))
-    return 0
-
-
 def plot(folder: tyro.conf.Positional[Path]) -> int:
     """Draw maps.png, masks.png and patterns.png, heads across and layers down, from what is in the folder.
 
@@ -221,34 +168,12 @@ def describe(summary: dict) -> str:
     )
 
 
-def _write(output: Path, masks: Masks, found: list, name: str, text: tuple[str, ...], length: int) -> None:
-    import dataclasses
-
-    import jax
-
-    result = {
-        "command": "dmattn " + " ".join(sys.argv[1:]),
-        "model": name,
-        "text": list(text),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "settings": masks.settings,
-        "summary": masks.summary(length),
-        "results": [dataclasses.asdict(comparison) for comparison in found],
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{name} must be >= {least}, got {value}")
-
-
 COMMANDS: dict[str, Callable[..., int]] = {
     "capture": capture,
     "match": match,
     "apply": apply,
-    "eval": evaluate,
     "plot": plot,
+    "text": text,
+    "eval": evaluate,
+    "sweep": sweep,
 }

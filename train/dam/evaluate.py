@@ -23,8 +23,8 @@ POSITIONS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One model on rows of one length. kl: KL(dense ‖ model) in nats per token. agreement: share of positions with
-    the dense model's likeliest token. density: visible over causal pairs, mean of layers and heads."""
+    """One model on rows of one length and one text. kl: KL(dense ‖ model) in nats per token. agreement: share of
+    positions with the dense model's likeliest token. density: visible over causal pairs, mean of layers and heads."""
 
     name: str
     length: int
@@ -34,23 +34,36 @@ class Comparison:
     kl: float
     agreement: float
     density: float
+    text: str = ""
 
 
 def compare(
-    model: CausalDecoder, rows: Sequence[np.ndarray], rivals: Mapping[str, Rival], *, progress: bool = False
+    model: CausalDecoder,
+    rows: Sequence[np.ndarray],
+    rivals: Mapping[str, Rival],
+    *,
+    text: str = "",
+    batch_size: int = 1,
+    progress: bool = False,
 ) -> list[Comparison]:
-    """The dense model and each rival on rows [length], one row at a time. Every token but the first is
-    predicted; at no time are there logits of more than POSITIONS positions."""
+    """The dense model and each rival on rows [length], batch_size at a time. Every token but the first is
+    predicted; at no time are there logits of more than POSITIONS positions of a row."""
     length = len(rows[0])
     dense, others = nnx.split(model), {name: nnx.split(rival.model) for name, rival in rivals.items()}
     sums = {name: np.zeros(3) for name in ("dense", *others)}
-    with tqdm(total=len(rows) * (1 + len(others)), desc=f"eval {length}", unit="row", disable=not progress) as bar:
-        for row in rows:
-            tokens = jnp.asarray(row)[None]
+    size = min(batch_size, len(rows))
+    # Filled up with nothing that counts, so that the last batch compiles nothing new.
+    counted = np.arange(-(-len(rows) // size) * size) < len(rows)
+    filled = [*rows, *[rows[0]] * (len(counted) - len(rows))]
+    total = len(filled) // size * (1 + len(others))
+    with tqdm(total=total, desc=f"{text} {length}".strip(), unit="batch", disable=not progress) as bar:
+        for first in range(0, len(filled), size):
+            tokens = jnp.asarray(np.stack(filled[first : first + size]))
+            counts = jnp.asarray(counted[first : first + size])
             truth = _hidden(*dense, tokens)
             for name, split in (("dense", dense), *others.items()):
                 hidden = truth if name == "dense" else _hidden(*split, tokens)
-                sums[name] += np.asarray(_differences(*dense, truth, hidden, tokens), np.float64)
+                sums[name] += np.asarray(_differences(*dense, truth, hidden, tokens, counts), np.float64)
                 bar.update()
     out = []
     for name, (nats, kl, agree) in sums.items():
@@ -58,7 +71,7 @@ def compare(
         density = 1.0 if name == "dense" else rivals[name].density
         loss = nats / count
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        out.append(Comparison(name, length, len(rows), loss, perplexity, kl / count, agree / count, density))
+        out.append(Comparison(name, length, len(rows), loss, perplexity, kl / count, agree / count, density, text))
     return out
 
 
@@ -68,37 +81,40 @@ def _hidden(graph: Any, state: Any, tokens: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _differences(graph: Any, state: Any, truth: jax.Array, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Σ over predicted positions of cross-entropy, KL(truth ‖ hidden), and equal likeliest tokens."""
+def _differences(
+    graph: Any, state: Any, truth: jax.Array, hidden: jax.Array, tokens: jax.Array, counted: jax.Array
+) -> jax.Array:
+    """Σ over predicted positions of counted rows of cross-entropy, KL(truth ‖ hidden), and equal likeliest tokens."""
     model = nnx.merge(graph, state)
-    length = tokens.shape[1] - 1
-    missing = -length % POSITIONS
+    missing = -(tokens.shape[1] - 1) % POSITIONS
 
     def cut(array: jax.Array) -> jax.Array:
-        array = jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
-        return array.reshape(-1, POSITIONS, *array.shape[1:])
+        array = jnp.pad(array, ((0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)))
+        return jnp.moveaxis(array.reshape(array.shape[0], -1, POSITIONS, *array.shape[2:]), 1, 0)
 
     def one(parts: tuple[jax.Array, ...]) -> jax.Array:
         truth, hidden, target, counted = parts
         expected, got = (jax.nn.log_softmax(model.logits(states)) for states in (truth, hidden))
-        nats = -jnp.take_along_axis(got, target[:, None], axis=-1)[:, 0]
+        nats = -jnp.take_along_axis(got, target[..., None], axis=-1)[..., 0]
         kl = (jnp.exp(expected) * (expected - got)).sum(-1)
         agree = jnp.argmax(expected, -1) == jnp.argmax(got, -1)
         return jnp.stack([jnp.where(counted, part, 0).sum() for part in (nats, kl, agree)])
 
-    parts = (truth[0, :-1], hidden[0, :-1], tokens[0, 1:], jnp.ones(length, bool))
+    predicted = jnp.broadcast_to(counted[:, None], (tokens.shape[0], tokens.shape[1] - 1))
+    parts = (truth[:, :-1], hidden[:, :-1], tokens[:, 1:], predicted)
     return jax.lax.map(one, tuple(map(cut, parts))).sum(0)
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
     """The comparisons as Markdown."""
     lines = [
-        "| length | attention | density | perplexity | KL from dense, nats | top-1 agreement |",
-        "|---|---|---|---|---|---|",
+        "| text | length | attention | density | perplexity | KL from dense, nats | top-1 agreement |",
+        "|---|---|---|---|---|---|---|",
     ]
     for c in comparisons:
         name = c.name.replace("_", " ")
         lines.append(
-            f"| {c.length:,} | {name} | {c.density:.1%} | {c.perplexity:.2f} | {c.kl:.3f} | {c.agreement:.1%} |"
+            f"| {c.text} | {c.length:,} | {name} | {c.density:.1%} | {c.perplexity:.2f} | {c.kl:.3f} | "
+            f"{c.agreement:.1%} |"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What masks are compared with, at the same density: a sliding window, one with sinks, and the true top keys."""
+"""What masks are compared with, at the same density: windows, lines chosen for each prompt, and the true top keys."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dmattn_jax.dam import Masks, apply_masks, windows_and_sinks
+from dmattn_jax.dam import DamError, Masks, apply_masks, windows_and_sinks
+from dmattn_jax.decoding import bucket
 from dmattn_jax.models.decoder import CausalDecoder
 from dmattn_jax.nn import MultiHeadAttention
+from train.dam.vertical_slash import VerticalSlashAttention
 
 QUERIES = 64
 """Queries whose logits over all keys exist together."""
+GRANULE = 128
+"""Masks are filled up to multiples of it: those of like sizes share a compiled program."""
 
 
 class Rival(NamedTuple):
@@ -25,7 +29,8 @@ class Rival(NamedTuple):
 
 
 def rivals(model: CausalDecoder, masks: Masks, length: int, sinks: int) -> dict[str, Rival]:
-    """The masked model and its rivals, whose budgets are whole keys: their densities are the nearest there are.
+    """The masked model and its rivals at a length. Windows and budgets are whole keys, vertical and slash lines whole
+    lines: their densities are the nearest there are.
 
     Raises: DamError where the masks do not fit the model.
     """
@@ -37,11 +42,21 @@ def rivals(model: CausalDecoder, masks: Masks, length: int, sinks: int) -> dict[
         "sliding_window": windows_and_sinks(layers, heads, window),
         "sink_and_window": windows_and_sinks(layers, heads, nearest_window(density, length, sinks), sinks),
     }
-    found = {name: Rival(apply_masks(model, each), float(each.density(length).mean())) for name, each in fixed.items()}
-    top = nnx.merge(*nnx.split(model))
-    top.blocks.attention = ExactTopAttention(top.blocks.attention, window)
+    found = {
+        name: Rival(apply_masks(model, each, GRANULE), float(each.density(length).mean()))
+        for name, each in fixed.items()
+    }
+    dense = model.blocks.attention
+    lines = _with_attention(model, VerticalSlashAttention(dense, density))
     # The first queries have fewer keys than they may take, as in a window.
-    return {**found, "exact_top": Rival(top, found["sliding_window"].density)}
+    top = _with_attention(model, ExactTopAttention(dense, window))
+    return {**found, "vertical_slash": Rival(lines, density), "exact_top": Rival(top, found["sliding_window"].density)}
+
+
+def _with_attention(model: CausalDecoder, attention: MultiHeadAttention) -> CausalDecoder:
+    changed = nnx.merge(*nnx.split(model))
+    changed.blocks.attention = attention
+    return changed
 
 
 def nearest_window(density: float, length: int, sinks: int) -> int:
@@ -62,12 +77,19 @@ class ExactTopAttention(MultiHeadAttention):
         for name, value in vars(dense).items():
             if not name.startswith("_"):
                 setattr(self, name, value)
-        self.budget = budget
+        # A variable for each layer: budgets up to the same power of two share a program.
+        self.budget = nnx.Variable(jnp.full(dense.query[...].shape[0], budget, jnp.int32))
+        self.most = bucket(budget)
+
+    def _attend_cached(self, query, key, value, token, cache):
+        raise DamError("exact top attention reads whole sequences: it does not generate")
 
     def _attend(self, query, key, value, segment_ids):
         del segment_ids
         batch, length, heads, dim = query.shape
         missing = -length % QUERIES
+        most = min(self.most, length)
+        last = jnp.minimum(self.budget[...].reshape(-1)[0], most) - 1
         tiles = jnp.pad(query, ((0, 0), (0, missing), (0, 0), (0, 0)))
         tiles = jnp.moveaxis(
             tiles.reshape(batch, -1, QUERIES, self.num_kv_heads, heads // self.num_kv_heads, dim), 1, 0
@@ -77,7 +99,8 @@ class ExactTopAttention(MultiHeadAttention):
             logits = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * dim**-0.5
             causal = jnp.arange(length) <= first + jnp.arange(QUERIES)[:, None]
             logits = jnp.where(causal, logits, -jnp.inf)
-            least = jax.lax.top_k(logits, min(self.budget, length))[0][..., -1:]
+            least = jax.lax.top_k(logits, most)[0]
+            least = jnp.take_along_axis(least, jnp.broadcast_to(last, (*least.shape[:-1], 1)), axis=-1)
             weights = jax.nn.softmax(jnp.where(logits >= least, logits, -jnp.inf), axis=-1)
             out = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(value.dtype), value)
             return first + QUERIES, jnp.moveaxis(out, 3, 1).reshape(batch, QUERIES, heads, dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from dmattn_jax.io.tokenizers import Tokenizer
@@ -18,6 +20,11 @@ def read_documents(sources: tuple[str, ...], tokenizer: Tokenizer, text_field: s
         store = tokenize_files(source_files(DataConfig(source=source)), tokenizer, text_field)
         documents += [np.asarray(store.tokens(number), np.int32) for number in range(len(store))]
     return documents
+
+
+def text_name(source: str) -> str:
+    """How a source is called in tables: its last part."""
+    return Path(source).name or source
 
 
 def take_rows(documents: list[np.ndarray], length: int, rows: int) -> list[np.ndarray]:

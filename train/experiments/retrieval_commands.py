@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from train.experiments.retrieval import Grid
+from train.experiments.retrieval import Answer, Grid
 
 if TYPE_CHECKING:
+    from dmattn_jax.io.tokenizers import Tokenizer
+    from dmattn_jax.models.decoder import CausalDecoder
     from train.experiments.retrieval_tasks import Question
     from train.run_files import OpenedModel
 
@@ -41,21 +43,11 @@ def needle(
         max_minutes: Begin no length after so many minutes.
         best: Take the checkpoint of the lowest validation loss instead of the newest.
     """
-    from train.config import DataConfig
-    from train.data.loader import source_files
-    from train.data.sources import NotTextError, read_documents
-    from train.experiments.retrieval_tasks import haystack_tokens, needle_is_right, needle_question
+    from train.experiments.retrieval_tasks import needle_is_right
 
     grid.check()
     opened = _open(model, best)
-
-    def texts() -> Iterator[str]:
-        for file in source_files(DataConfig(source=haystack)):
-            with contextlib.suppress(NotTextError):
-                yield from read_documents(file, "text")
-
-    tokens = haystack_tokens(opened.tokenizer, texts(), 4 * max(grid.lengths))
-    ask = functools.partial(needle_question, opened.tokenizer, tokens, seed=grid.seed)
+    ask = needles(opened.tokenizer, haystack, grid)
     return _retrieve("needle", model, opened, ask, needle_is_right, grid, output, max_minutes)
 
 
@@ -88,6 +80,36 @@ def longeval(
     return _retrieve("longeval", model, opened, ask, lines_is_right, grid, output, max_minutes)
 
 
+def needles(tokenizer: Tokenizer, haystack: str, grid: Grid) -> Callable[[int, float, int], Question]:
+    """The grid's questions in the text of a source."""
+    from train.config import DataConfig
+    from train.data.loader import source_files
+    from train.data.sources import NotTextError, read_documents
+    from train.experiments.retrieval_tasks import haystack_tokens, needle_question
+
+    def texts() -> Iterator[str]:
+        for file in source_files(DataConfig(source=haystack)):
+            with contextlib.suppress(NotTextError):
+                yield from read_documents(file, "text")
+
+    tokens = haystack_tokens(tokenizer, texts(), 4 * max(grid.lengths))
+    return functools.partial(needle_question, tokenizer, tokens, seed=grid.seed)
+
+
+def answers_of(model: CausalDecoder, tokenizer: Tokenizer, prefill_chunk: int | None = PREFILL_CHUNK) -> Answer:
+    """Greedy continuations by a model."""
+    from dmattn_jax.generation import generate
+    from train.experiments.retrieval import ANSWER_TOKENS
+
+    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+
+    def answer(prompts: Sequence[Sequence[int]]) -> list[str]:
+        new = generate(model, prompts, max_new_tokens=ANSWER_TOKENS, stop_tokens=stop, prefill_chunk=prefill_chunk)
+        return [tokenizer.decode(ids) for ids in new]
+
+    return answer
+
+
 def _open(model: Path, best: bool) -> OpenedModel:
     from train.run_files import open_model
 
@@ -104,19 +126,10 @@ def _retrieve(
     output: Path | None,
     max_minutes: float | None,
 ) -> int:
-    from dmattn_jax.generation import generate
     from train.experiments.deadline import Deadline
-    from train.experiments.retrieval import ANSWER_TOKENS, measure
+    from train.experiments.retrieval import measure
 
-    tokenizer = opened.tokenizer
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-
-    def answer(prompts: Sequence[Sequence[int]]) -> list[str]:
-        new = generate(
-            opened.model, prompts, max_new_tokens=ANSWER_TOKENS, stop_tokens=stop, prefill_chunk=PREFILL_CHUNK
-        )
-        return [tokenizer.decode(ids) for ids in new]
-
+    answer = answers_of(opened.model, opened.tokenizer)
     if output is None:
         output = path if (path / "checkpoints").is_dir() else Path()
     deadline = Deadline(max_minutes)
