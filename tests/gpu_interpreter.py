@@ -62,8 +62,9 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
         plgpu.commit_smem()
         arrive(barrier)
 
+    for module in ("pallas_kernels.gpu.forward", "pallas_kernels.patterns.gpu"):
+        monkeypatch.setitem(vars(sys.modules[module]), "multiprocessors", lambda: multiprocessors)
     monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
-    monkeypatch.setattr(sys.modules["pallas_kernels.gpu.forward"], "multiprocessors", lambda: multiprocessors)
     monkeypatch.setattr(plgpu, "kernel", interpreted)
     monkeypatch.setattr(plgpu, "wgmma", wgmma)
     monkeypatch.setattr(plgpu, "barrier_arrive", barrier_arrive)

@@ -3,10 +3,14 @@
 NPROC=32 python -m pytest -m slow -n 0 tests/test_hopper_interpreted.py
 """
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_interpreter import AVAILABLE, interpret
-from reference import EACH, RATIO, assert_close, make_case, residue, rounded, run, truth
+from reference import EACH, RATIO, assert_close, make_case, residue, rms_ratio, rounded, run, truth
+from test_pattern_hopper import HEADS, KV_HEADS, make_patterns, visible
+
+from pallas_kernels.patterns.gpu import of_one_document
 
 pytestmark = pytest.mark.slow
 
@@ -43,3 +47,28 @@ def test_nan_under_a_mask_stays_there_under_the_interpreter(monkeypatch, place):
     for left, right in zip(got, without, strict=True):
         assert np.isfinite(np.asarray(left, np.float32)).all()
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("queries", "side", "reach", "columns"), [(300, 130, 60, 41), (397, 1, 150, 7)] if AVAILABLE else ()
+)
+def test_patterns_without_races_under_the_interpreter(monkeypatch, queries, side, reach, columns):
+    """Against the rule of the contract, cell by cell, in float64; the last tokens are padding that holds NaN."""
+    random = np.random.default_rng(queries)
+    patterns = make_patterns(queries, side, reach, columns)
+    shapes = (HEADS, KV_HEADS, KV_HEADS)
+    query, key, value = (jnp.asarray(random.normal(size=(1, queries, n, 64)), jnp.float16) for n in shapes)
+    token = np.arange(queries)[None] < queries - 9
+    interpret(monkeypatch)
+    nan = jnp.where(token[..., None, None], 0, jnp.nan).astype(jnp.float16)
+    got = of_one_document(query, key + nan, value + nan, patterns, jnp.asarray(token), 0.125)
+    q, k, v = (np.asarray(array, np.float64)[0] for array in (query, key, value))
+    k, v = (np.repeat(array, HEADS // KV_HEADS, axis=1) for array in (k, v))
+    seen = visible(patterns, queries) & token[0]
+    logits = np.where(seen, 0.125 * np.einsum("thd,shd->hts", q, k), -np.inf)
+    weights = np.exp(logits - np.where(seen.any(-1), logits.max(-1), 0)[..., None])
+    weights /= np.where(weights.sum(-1) == 0, 1, weights.sum(-1))[..., None]
+    want = np.einsum("hts,shd->thd", weights, v) * token[0][:, None, None]
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+    assert rms_ratio(np.asarray(got)[0], want) <= RATIO["float16"]
+    assert not np.asarray(got)[0, ~seen.any(-1).T].any()
