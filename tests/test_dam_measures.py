@@ -13,11 +13,12 @@ from dmattn_jax.dam import Masks, apply_masks, windows_and_sinks
 from dmattn_jax.decoding import prefill
 from dmattn_jax.generation import generate
 from dmattn_jax.io.tokenizers import ByteTokenizer
-from dmattn_jax.models import LlamaConfig, LlamaForCausalLM
+from dmattn_jax.models import DogeConfig, DogeForCausalLM, LlamaConfig, LlamaForCausalLM
 from dmattn_jax.nn import MultiHeadAttention
 from train import cli
 from train.dam import found_text
 from train.dam.evaluate import compare
+from train.dam.own_selection import own_rivals
 from train.dam.retrieve import retrieve, table
 from train.dam.rivals import Rival, rivals
 from train.dam.vertical_slash import LAST, VerticalSlashAttention, choose_lines, last_attention
@@ -173,11 +174,13 @@ def test_rows_in_batches_are_rows_one_by_one(opened):
 @pytest.mark.slow
 def test_needles_and_lines_are_asked_of_every_rival(opened, tmp_path):
     (tmp_path / "hay.txt").write_text("The grass is green. A long day went by, and nothing happened. " * 60)
-    grid = Grid(lengths=(200, 256), depths=(0.0, 1.0), batch_size=2)
+    grid = Grid(lengths=(300, 384), depths=(0.0, 1.0), batch_size=2)
     found = retrieve(opened, random_masks(), 2, grid, str(tmp_path / "hay.txt"), tmp_path / "out", Deadline(None))
+    with pytest.raises(ConfigError, match="lengths must leave room for two lines, got 200"):
+        retrieve(opened, random_masks(), 2, Grid(lengths=(200,)), "stdlib", tmp_path / "none", Deadline(None))
     names = ["dense", "dam", "sliding_window", "sink_and_window", "vertical_slash"]
     assert [(row["task"], row["name"]) for row in found] == [(t, n) for t in ("needle", "longeval") for n in names]
-    assert all(row["lengths"] == [200, 256] and row["accuracy"] == [0.0, 0.0] for row in found)
+    assert all(row["lengths"] == [300, 384] and row["accuracy"] == [0.0, 0.0] for row in found)
     answers = {
         name: [
             answer["answer"] for answer in json.loads((tmp_path / "out" / name / "needle.json").read_text())["answers"]
@@ -260,3 +263,70 @@ def test_the_sweep_measures_once_continues_and_draws(machine, capsys, monkeypatc
     assert "was measured with other rows: choose another --output" in capsys.readouterr().err
     assert cli.main([*args, "--rows", "0"]) == 2
     assert "rows must be >= 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_own_selection_is_measured_against_the_model_seeing_all(tmp_path):
+    """Attention of each rival in float64, gates included, for a layer whose gates are untied."""
+    config = DogeConfig(
+        vocab_size=61,
+        hidden_size=22,
+        intermediate_size=37,
+        num_layers=1,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        window=9,
+        dtype="float32",
+    )
+    model = DogeForCausalLM(config, rngs=nnx.Rngs(0))
+    model.blocks.attention.gate.A[...] += 0.7
+    opened, found = own_rivals(model, LENGTH)
+    query, key, value = inputs()
+    arrays = [jnp.asarray(a, jnp.float32)[None] for a in (query, key, value)]
+    gate = np.asarray(model.layer(0).attention.gate(arrays[2]), np.float64)[0]
+    bias = np.repeat(gate.T, HEADS // KV_HEADS, axis=0)[:, None, :]
+    keys = np.repeat(key, HEADS // KV_HEADS, axis=1)
+    logits = np.einsum("thd,shd->hts", query, keys) * DIM**-0.5 + bias
+    row, column = np.indices((LENGTH, LENGTH))
+    causal = row >= column
+    ranked = np.where(causal, np.broadcast_to(bias, logits.shape), -np.inf)
+    seen = {
+        "dense": causal,
+        "sliding_window": causal & (row - column < 9),
+        "exact_top": causal & (logits >= np.sort(np.where(causal, logits, -np.inf))[..., [-9]]),
+        "own_selection": causal & (ranked >= np.sort(ranked)[..., [-9]]),
+    }
+    for name, each in {"dense": opened, **{name: rival.model for name, rival in found.items()}}.items():
+        weights = np.where(seen[name], np.exp(logits), 0)
+        weights /= weights.sum(-1, keepdims=True)
+        want = np.einsum("hts,shd->thd", weights, np.repeat(value, HEADS // KV_HEADS, axis=1))
+        got = each.layer(0).attention._attend(*arrays, None)[0]
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5, err_msg=name)
+    assert model.blocks.attention.windows == (9, 9)
+
+
+@pytest.mark.slow
+def test_eval_of_a_run_needs_no_masks(capsys, monkeypatch, tmp_path):
+    """Dynamic-mask attention is measured by itself; a dense model without masks is refused."""
+    model = write_gguf(tmp_path / "model.gguf", random_tensors())
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e " * 60)
+    assert cli.main(["dam", "eval", str(model), "--text", str(text), "--lengths", "41"]) == 2
+    assert "has no selection of its own: give the folder of its masks" in capsys.readouterr().err
+    config = DogeConfig(vocab_size=ByteTokenizer().vocab_size, hidden_size=24, intermediate_size=40, num_layers=2,
+                        num_heads=4, num_kv_heads=2, head_dim=8, window=9, dtype="float32")  # fmt: skip
+    own = DogeForCausalLM(config, rngs=nnx.Rngs(0))
+    own.blocks.attention.gate.A[...] += 0.7
+    opened = OpenedModel(own, ByteTokenizer(), "run", tmp_path)
+    monkeypatch.setattr("train.run_files.open_model", lambda path, best: opened)
+    output = tmp_path / "own.json"
+    args = ["dam", "eval", str(tmp_path / "run"), "--text", str(text), "--lengths", "41", "--output", str(output)]
+    assert cli.main(args) == 0
+    rows = {row["name"]: row for row in json.loads(output.read_text())["results"]}
+    assert list(rows) == ["dense", "own_selection", "sliding_window", "exact_top"]
+    assert rows["own_selection"]["density"] == rows["exact_top"]["density"] < 0.5
+    assert 0 < rows["exact_top"]["kl"] < rows["own_selection"]["kl"]
+    assert rows["own_selection"]["kl"] != rows["sliding_window"]["kl"]
+    assert cli.main([*args, "--retrieval-lengths", "64"]) == 2
+    assert "dmattn needle and dmattn longeval ask this model" in capsys.readouterr().err

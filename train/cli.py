@@ -265,6 +265,7 @@ def _dam(args: Sequence[str]) -> int:
 
 BENCHMARKS = {
     "attention": "time and memory of attention against cuDNN and PyTorch",
+    "dam": "prompts through masks of a frozen model against dense attention",
     "generation": "tokens per second and memory at long contexts",
     "train_step": "whole training steps against dense attention",
 }

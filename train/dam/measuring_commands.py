@@ -38,7 +38,7 @@ def text(output: tyro.conf.Positional[Path] = Path("dam-text"), megabytes: float
 
 def evaluate(
     model: Model,
-    folder: tyro.conf.Positional[Path],
+    folder: tyro.conf.Positional[Path | None] = None,
     text: tuple[str, ...] = (),
     lengths: tuple[int, ...] = (1024,),
     rows: int = 8,
@@ -60,7 +60,8 @@ def evaluate(
 
     Args:
         model: The model that dam capture read.
-        folder: Where dam match wrote the masks.
+        folder: Where dam match wrote the masks. None for a model with dynamic-mask attention: its own selection is
+            measured, beside others that see as many keys, against itself seeing all of them.
         text: Files, directories or globs that dam capture did not read; each is measured by itself.
         lengths: Tokens of a row; each length is measured by itself.
         rows: Rows of each text and length at most.
@@ -74,7 +75,9 @@ def evaluate(
         text_field: The field of JSONL and Parquet rows that holds the text.
     """
     from dmattn_jax.dam import load_masks
+    from dmattn_jax.nn import DynamicMaskAttention
     from train.dam.evaluate import compare, table
+    from train.dam.own_selection import own_rivals
     from train.dam.rivals import rivals
     from train.dam.text import read_documents, take_rows, text_name
     from train.experiments.deadline import Deadline
@@ -91,8 +94,17 @@ def evaluate(
         at_least("batch-size", batch_size, 1)
         at_least("sinks", sinks, 0)
         deadline = Deadline(max_minutes)
-        masks = load_masks(folder)
+        masks = None if folder is None else load_masks(folder)
         opened = open_model(model, best=False)
+        chooses = isinstance(opened.model.blocks.attention, DynamicMaskAttention)
+        if chooses == (masks is not None):
+            raise ConfigError(
+                "the model chooses its own keys: leave out the folder of masks"
+                if chooses
+                else f"{model} has no selection of its own: give the folder of its masks"
+            )
+        if chooses and retrieval_lengths:
+            raise ConfigError("retrieval-lengths is for masks: dmattn needle and dmattn longeval ask this model")
 
         def write() -> None:
             if output is not None:
@@ -100,14 +112,18 @@ def evaluate(
 
         documents = {source: read_documents((source,), opened.tokenizer, text_field) for source in text}
         for length in sorted(lengths) if text else ():
-            others = rivals(opened.model, masks, length, sinks)
+            dense, others = (
+                own_rivals(opened.model, length)
+                if masks is None
+                else (opened.model, rivals(opened.model, masks, length, sinks))
+            )
             for source in text:
                 if deadline.passed:
                     say(f"time is up: {text_name(source)} at {length:,} tokens and what follows is left out")
                     break
                 taken = take_rows(documents[source], length, rows)
                 found += compare(
-                    opened.model,
+                    dense,
                     taken,
                     others,
                     text=text_name(source),
@@ -117,7 +133,7 @@ def evaluate(
                 write()
         if found:
             print(table(found))
-        if retrieval_lengths:
+        if retrieval_lengths and masks is not None:
             from train.dam import retrieve
 
             grid = Grid(lengths=retrieval_lengths, trials=trials)
@@ -161,7 +177,12 @@ def sweep(
 
 
 def _write(
-    output: Path, masks: Masks, name: str, text: tuple[str, ...], found: list[Any], retrieved: list[dict[str, Any]]
+    output: Path,
+    masks: Masks | None,
+    name: str,
+    text: tuple[str, ...],
+    found: list[Any],
+    retrieved: list[dict[str, Any]],
 ) -> None:
     import dataclasses
 
@@ -177,8 +198,8 @@ def _write(
             "text": list(text),
             "text_digests": {str(root): own for root, own in gathered.items() if own},
             **origin(),
-            "settings": masks.settings,
-            "summary": masks.summary(max((row.length for row in found), default=masks.inside.shape[2])),
+            "settings": {} if masks is None else masks.settings,
+            "summary": {} if masks is None else masks.summary(max((row.length for row in found), default=1024)),
             "results": [dataclasses.asdict(comparison) for comparison in found],
             "retrieval": retrieved,
         },

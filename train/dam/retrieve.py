@@ -36,6 +36,10 @@ def retrieve(
         ("needle", needles(tokenizer, haystack, grid), needle_is_right),
         ("longeval", functools.partial(lines_question, tokenizer, seed=grid.seed), lines_is_right),
     )
+    for _, ask, _ in tasks:
+        for length in grid.lengths:
+            # Before anything runs: a length that cannot be asked for is refused at once.
+            ask(length, 0.0, 0)
     found: list[dict[str, Any]] = []
     for task, ask, is_right in tasks:
         for name in ("dense", *names):

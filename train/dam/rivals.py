@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int32
 
 from dmattn_jax.dam import DamError, Masks, apply_masks, windows_and_sinks
 from dmattn_jax.decoding import bucket
@@ -47,13 +48,14 @@ def rivals(model: CausalDecoder, masks: Masks, length: int, sinks: int) -> dict[
         for name, each in fixed.items()
     }
     dense = model.blocks.attention
-    lines = _with_attention(model, VerticalSlashAttention(dense, density))
+    lines = with_attention(model, VerticalSlashAttention(dense, density))
     # The first queries have fewer keys than they may take, as in a window.
-    top = _with_attention(model, ExactTopAttention(dense, window))
+    top = with_attention(model, ExactTopAttention(dense, window))
     return {**found, "vertical_slash": Rival(lines, density), "exact_top": Rival(top, found["sliding_window"].density)}
 
 
-def _with_attention(model: CausalDecoder, attention: MultiHeadAttention) -> CausalDecoder:
+def with_attention(model: CausalDecoder, attention: nnx.Module) -> CausalDecoder:
+    """The model with another attention in every layer; parameters are shared, not copied."""
     changed = nnx.merge(*nnx.split(model))
     changed.blocks.attention = attention
     return changed
@@ -86,24 +88,33 @@ class ExactTopAttention(MultiHeadAttention):
 
     def _attend(self, query, key, value, segment_ids):
         del segment_ids
-        batch, length, heads, dim = query.shape
-        missing = -length % QUERIES
-        most = min(self.most, length)
-        last = jnp.minimum(self.budget[...].reshape(-1)[0], most) - 1
-        tiles = jnp.pad(query, ((0, 0), (0, missing), (0, 0), (0, 0)))
-        tiles = jnp.moveaxis(
-            tiles.reshape(batch, -1, QUERIES, self.num_kv_heads, heads // self.num_kv_heads, dim), 1, 0
-        )
+        return attend_to_top(query, key, value, self.budget[...].reshape(-1)[0], self.most)
 
-        def tile(first: jax.Array, query: jax.Array) -> tuple[jax.Array, Any]:
-            logits = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * dim**-0.5
-            causal = jnp.arange(length) <= first + jnp.arange(QUERIES)[:, None]
-            logits = jnp.where(causal, logits, -jnp.inf)
-            least = jax.lax.top_k(logits, most)[0]
-            least = jnp.take_along_axis(least, jnp.broadcast_to(last, (*least.shape[:-1], 1)), axis=-1)
-            weights = jax.nn.softmax(jnp.where(logits >= least, logits, -jnp.inf), axis=-1)
-            out = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(value.dtype), value)
-            return first + QUERIES, jnp.moveaxis(out, 3, 1).reshape(batch, QUERIES, heads, dim)
 
-        _, out = jax.lax.scan(tile, jnp.int32(0), tiles)
-        return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim)[:, :length].astype(query.dtype)
+def attend_to_top(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K D"],
+    budget: Int32[Array, ""],
+    most: int,
+) -> Float[Array, "B T H D"]:
+    """Causal attention to the `budget` keys of largest logit, at most `most` and T; QUERIES queries at a time."""
+    batch, length, heads, dim = query.shape
+    missing = -length % QUERIES
+    most = min(most, length)
+    last = jnp.minimum(budget, most) - 1
+    tiles = jnp.pad(query, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    tiles = jnp.moveaxis(tiles.reshape(batch, -1, QUERIES, key.shape[2], heads // key.shape[2], dim), 1, 0)
+
+    def tile(first: jax.Array, query: jax.Array) -> tuple[jax.Array, Any]:
+        logits = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * dim**-0.5
+        causal = jnp.arange(length) <= first + jnp.arange(QUERIES)[:, None]
+        logits = jnp.where(causal, logits, -jnp.inf)
+        least = jax.lax.top_k(logits, most)[0]
+        least = jnp.take_along_axis(least, jnp.broadcast_to(last, (*least.shape[:-1], 1)), axis=-1)
+        weights = jax.nn.softmax(jnp.where(logits >= least, logits, -jnp.inf), axis=-1)
+        out = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(value.dtype), value)
+        return first + QUERIES, jnp.moveaxis(out, 3, 1).reshape(batch, QUERIES, heads, dim)
+
+    _, out = jax.lax.scan(tile, jnp.int32(0), tiles)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim)[:, :length].astype(query.dtype)
