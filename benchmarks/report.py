@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from benchmarks import claims
+from train.dam import retrieve, sweep
 from train.experiments import ablation, mqar_sweep, retrieval, scaling
 
 HERE = Path(__file__).parent
@@ -80,7 +81,7 @@ def claims_table(records: Mapping[str, claims.Records]) -> str:
         claims.needle_claim(records["needle"]),
         *claims.attention_claims(records["h200_attention"]),
         claims.generation_claim(records["generation"]),
-        claims.dam_claim(records["dam"]),
+        *claims.dam_claims(records["dam_smollm2"], records["dam_sweep"], records["dam_prefill"]),
     ]
     lines = ["| said | measured | |", "|---|---|---|"]
     lines += [f"| {row.said} | {row.measured} | {row.verdict} |" for row in rows]
@@ -182,13 +183,41 @@ def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
 
 
 def masks(name: str, content: dict[str, Any], figures: Path) -> str:
-    lines = ["| attention | tokens | density | perplexity | KL, nats | top-1 agreement |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| text | attention | tokens | density | perplexity | KL, nats | top-1 agreement |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in content["results"]:
         lines.append(
-            f"| {row['name']} | {row['length']:,} | {row['density']:.1%} | {row['perplexity']:.2f} | {row['kl']:.3f} | "
-            f"{row['agreement']:.1%} |"
+            f"| {row.get('text', '')} | {row['name']} | {row['length']:,} | {row['density']:.1%} | "
+            f"{row['perplexity']:.2f} | {row['kl']:.3f} | {row['agreement']:.1%} |"
         )
-    return f"{content['model']} on {content['device']}.\n\n" + "\n".join(lines) + "\n"
+    found = f"\n{retrieve.table(content['retrieval'])}\n" if content.get("retrieval") else ""
+    return f"{content['model']} on {content['device']}.\n\n" + "\n".join(lines) + f"\n{found}"
+
+
+def mask_sweep(name: str, content: dict[str, Any], figures: Path) -> str:
+    sweep.plot(content, figures / f"{name}.png")
+    some = content["cells"][0]["settings"]
+    said = (
+        f"{content['model']} on {_devices(content['cells'])}: {some['rows']} rows of {some['length']:,} tokens of each "
+        f"text, {some['capture_rows']} rows recorded, amplified by {some['amplifier']}."
+    )
+    return f"{said}\n\n{sweep.table(content)}\n{_picture(name, 'Quality against density')}"
+
+
+def prefill(name: str, content: dict[str, Any], figures: Path) -> str:
+    lines = [
+        "| tokens | attention | density | ms | temporary MiB | cache MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        shown = row["error"] or f"{statistics.median(row['seconds']) * 1e3:.2f}"
+        lines.append(
+            f"| {row['length']:,} | {row['attention']} | {row['density']:.1%} | {shown} | "
+            f"{row['temporary_bytes'] / 2**20:,.1f} | {row['cache_bytes'] / 2**20:,.1f} |"
+        )
+    return f"On {content['device']}, {content['options']['dtype']}.\n\n" + "\n".join(lines) + "\n"
 
 
 def _devices(results: list[dict[str, Any]]) -> str:
@@ -254,10 +283,26 @@ SECTIONS = (
         "dmattn bench generation --output benchmarks/results/generation_h200.json",
     ),
     Section(
+        "Masks for a frozen model: a sweep",
+        "dam_sweep",
+        mask_sweep,
+        "dmattn dam sweep MODEL.gguf --output runs/dam\n"
+        "cp runs/dam/results.json benchmarks/results/dam_sweep_smollm2.json",
+    ),
+    Section(
         "Masks for a frozen model",
-        "dam",
+        "dam_smollm2",
         masks,
-        "dmattn dam eval MODEL MASKS --text held-out --output benchmarks/results/dam_smollm2_512.json",
+        "dmattn dam text dam-text && dmattn dam capture MODEL.gguf --text dam-text/calibration --output dam512\n"
+        "dmattn dam match dam512 --threshold 0.1 --mu 0.9\n"
+        "dmattn dam eval MODEL.gguf dam512 --text dam-text/held-out/prose dam-text/held-out/code --lengths 1024 8192 "
+        "--retrieval-lengths 1024 8192 --output benchmarks/results/dam_smollm2_512.json",
+    ),
+    Section(
+        "Prompts through masks",
+        "dam_prefill",
+        prefill,
+        "dmattn bench dam --model MODEL.gguf --masks dam512 --output benchmarks/results/dam_prefill_h200.json",
     ),
 )
 

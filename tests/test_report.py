@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,67 @@ def test_the_page_in_the_repository_is_of_the_records_in_it():
     assert report.claims_table(records) in page, "run python -m benchmarks.report again"
     for name in (name for found in records.values() for name in found):
         assert f"[{name}.json](../benchmarks/results/{name}.json)" in page
+
+
+def mask_row(name: str, perplexity: float, text: str = "prose", density: float = 0.1) -> dict:
+    return {
+        "name": name, "text": text, "length": 512, "rows": 2, "loss": math.log(perplexity), "perplexity": perplexity,
+        "kl": 0.0 if name == "dense" else 0.1, "agreement": 0.9, "density": density,
+    }  # fmt: skip
+
+
+def mask_cell(threshold: float, perplexity: float, density: float) -> dict:
+    names = ("dam", "sliding_window", "sink_and_window", "vertical_slash", "exact_top")
+    results = [mask_row("dense", 10.0)] + [mask_row(name, perplexity, density=density) for name in names]
+    settings = {"rows": 2, "length": 512, "capture_rows": 3, "amplifier": "box_cox"}
+    summary = {"density": density, "diagonals_per_head": 1.0, "verticals_per_head": 2.0}
+    return {"capture": 128, "threshold": threshold, "mu": 0.5, "settings": settings, "summary": summary,
+            "device": "cpu", "results": results}  # fmt: skip
+
+
+def test_masks_are_held_against_their_papers_claims():
+    said = {
+        name: claim
+        for name, claim in zip(
+            ("quality", "lines", "time", "memory"),
+            claims.dam_claims(
+                {
+                    "dam_smollm2_a": {
+                        "results": [mask_row("dense", 10.0), mask_row("dam", 10.02)],
+                        "retrieval": [
+                            {"task": "longeval", "name": name, "accuracy": accuracy}
+                            for name, accuracy in (("dense", [1.0, 0.5]), ("dam", [0.5, 0.5]))
+                        ],
+                    }
+                },
+                {"dam_sweep_a": {"cells": [mask_cell(0.1, 10.08, 0.4), mask_cell(0.2, 11.0, 0.2)]}},
+                {
+                    "dam_prefill_a": {
+                        "rows": [
+                            {"attention": name, "length": 99, "error": "", "seconds": [t], "temporary_bytes": bytes_}
+                            for name, t, bytes_ in (("dam", 0.5, 60), ("dense", 1.0, 100))
+                        ]
+                    }
+                },
+            ),
+            strict=True,
+        )
+    }
+    assert said["quality"].verdict == claims.REPRODUCED
+    assert said["quality"].measured.startswith("1.00× dense at 512 tokens of prose (dam_smollm2_a); 1 of 2 settings, ")
+    assert "the sparsest at 40.0% of the pairs; the nearest is 1.008× dense" in said["quality"].measured
+    assert said["lines"] == (said["lines"].said, "50.0% against 75.0% (dam_smollm2_a)", claims.NOT)
+    assert said["time"][1:] == ("−50% at 99 tokens (dam_prefill_a)", claims.REPRODUCED)
+    assert said["memory"][1:] == ("−40% at 99 tokens (dam_prefill_a)", claims.NOT)
+    assert [claim.verdict for claim in claims.dam_claims({}, {}, {})] == [claims.NOT_RUN] * 4
+
+
+def test_a_sweep_of_masks_is_a_table_and_a_picture(tmp_path):
+    content = {"model": "toy", "cells": [mask_cell(0.2, 11.0, 0.2), mask_cell(0.1, 10.1, 0.4)]}
+    empty = {key: mask_cell(9.0, 1.0, 1.0)[key] for key in ("capture", "threshold", "mu", "settings", "device")}
+    content["cells"].append(empty | {"error": "threshold 9 empties every head: lower it", "results": []})
+    page = report.mask_sweep("dam_sweep_toy", content, tmp_path)
+    assert "Dense perplexity: prose 10.00." in page
+    assert "| 128 | 0.1 | 0.5 | 40.0% | 1.0, 2.0 | 1.01 | 0.100 | 90.0% | 1.01 | 1.01 | 1.01 |" in page
+    assert page.index("| 128 | 0.1 |") < page.index("| 128 | 0.2 |") < page.index("threshold 9 empties every head")
+    assert (tmp_path / "dam_sweep_toy.png").stat().st_size > 1000
