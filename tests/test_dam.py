@@ -3,12 +3,16 @@
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_run import environment
 
 from dmattn_jax.dam import (
     AMPLIFIERS,
@@ -295,3 +299,44 @@ def test_bad_input_is_named(model, maps):
             dataclasses.replace(MatchConfig(), **changed)
     with pytest.raises(ValueError, match="window must be >= 1 and sinks >= 0, got 0 and 0"):
         windows_and_sinks(1, 1, 0)
+
+
+ON_MESHES = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+from test_dam import CONFIG, random_masks
+from dmattn_jax.dam import apply_masks
+from dmattn_jax.models import LlamaForCausalLM
+
+masked = apply_masks(LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(3)), random_masks())
+random = np.random.default_rng(2)
+ids = jnp.asarray(random.integers(0, 61, (2, 37)), jnp.int32)
+segments = jnp.asarray(np.sort(random.integers(0, 3, (2, 37)), axis=-1), jnp.int32)
+
+def run(model, ids, segments):
+    cache = model.init_cache(2, 37)
+    return model(ids, segments), model.logits(model.decode(ids, cache)[0])
+
+want = nnx.jit(run)(masked, ids, segments)
+for sizes in ((2, 1, 2), (1, 1, 4)):
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        for got, expected in zip(nnx.jit(run)(masked, ids, segments), want):
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4, err_msg=str(sizes))
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_masks_on_meshes():
+    """Whole rows and cached ones: heads over devices that divide them, and over more than there are kv heads."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_MESHES],
+        env=environment(4),
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]

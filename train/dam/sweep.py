@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from dmattn_jax.dam import DamError, Maps, MatchConfig, capture, fingerprint, load_maps, match, save_maps
 from train.dam.evaluate import compare
@@ -121,7 +122,8 @@ def _maps(opened: OpenedModel, sweep: Sweep, length: int, documents: Any, output
 
 def report(model: str, output: Path) -> None:
     """Writes results.json (every cell's numbers), table.md and quality.png from the cells below `output`."""
-    content = {"model": model, "cells": list(read_results(output))}
+    command = "dmattn " + " ".join(sys.argv[1:])
+    content = {"command": command, "model": model, "cells": list(read_results(output))}
     write_json(output / "results.json", content)
     write_text(output / "table.md", table(content))
     plot(content, output / "quality.png")
@@ -136,7 +138,7 @@ def table(content: Mapping[str, Any]) -> str:
     lines += [
         "| L | τ | μ | density | diagonals, verticals a head | "
         + " | ".join(f"perplexity ÷ dense, {kind} | KL | top-1" for kind in kinds)
-        + " | sink and window | vertical slash | exact top |",
+        + " | sink and window ÷ dense | vertical slash ÷ dense | exact top ÷ dense |",
         "|---|---|---|---|---|" + "---|---|---|" * len(kinds) + "---|---|---|",
     ]
     for cell in sorted(content["cells"], key=lambda cell: (cell["capture"], cell["threshold"], cell["mu"])):
@@ -165,6 +167,8 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
     if not kinds:
         return
     captures = sorted({cell["capture"] for cell in cells})
+    densities = [row["density"] for cell in cells for row in cell["results"] if row["name"] != "dense"]
+    low, high = min(densities), max(densities)
     figure = Figure(figsize=(5.2 * len(kinds) + 0.6, 7.6), layout="constrained")
     grid = figure.subplots(2, len(kinds), squeeze=False, sharex=True, sharey="row")
     for column, kind in enumerate(kinds):
@@ -186,7 +190,9 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                         )  # fmt: skip
                 else:
                     ordered = sorted(points)
-                    axes.plot([p[0] for p in ordered], [p[which] for p in ordered], color=colour, linewidth=1.6)
+                    axes.plot(
+                        [p[0] for p in ordered], [p[which] for p in ordered], color=colour, marker=".", linewidth=1.6
+                    )
         top, bottom = grid[:, column]
         top.set_title(kind, loc="left", color=INK, fontweight="bold")
         top.set_yscale("log")
@@ -194,6 +200,10 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
         bottom.set_xlabel("visible pairs, share of the causal ones")
         for axes in (top, bottom):
             axes.set_xscale("log")
+            axes.set_xlim(low / 1.5, min(high * 1.5, 1.2))
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if low > 0.02 else 1))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(True, which="both", color="#e6e9ef", linewidth=0.7)
             axes.spines[["top", "right"]].set_visible(False)
         top.axhline(1.01, color=INK, linewidth=0.8, linestyle="--")
