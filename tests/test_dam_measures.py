@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from train.experiments.retrieval import Grid
 from train.run_files import OpenedModel
 
 HEADS, KV_HEADS, DIM, LENGTH = 6, 2, 10, 97
+CHOOSE = jax.jit(choose_lines)
+LAST_ATTENTION = jax.jit(last_attention)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def weights_of(query, key):
 @pytest.mark.parametrize("count", [LENGTH, 71, 5])
 def test_the_last_queries_attention_is_dense_attentions(count):
     query, key, _ = inputs()
-    got = np.asarray(last_attention(*(jnp.asarray(a, jnp.float32) for a in (query, key)), jnp.int32(count), DIM**-0.5))
+    got = np.asarray(LAST_ATTENTION(*(jnp.asarray(a, jnp.float32) for a in (query, key)), jnp.int32(count), DIM**-0.5))
     whole = weights_of(query[:count], key[:count])
     kept = min(count, LAST)
     np.testing.assert_allclose(got[:, LAST - kept :, :count], whole[:, count - kept :], rtol=2e-4, atol=1e-6)
@@ -75,7 +78,7 @@ def test_chosen_lines_fill_the_budget_with_the_largest(count, density):
     weights[1, :, 7] += 1
     rows = np.arange(LAST - kept, LAST)
     weights[2, rows, np.maximum(count - LAST + rows - 5, 0)] += 1
-    diagonals, verticals = map(np.asarray, choose_lines(jnp.asarray(weights), jnp.int32(count), jnp.float32(density)))
+    diagonals, verticals = map(np.asarray, CHOOSE(jnp.asarray(weights), jnp.int32(count), jnp.float32(density)))
     shown = shown_by(diagonals[:, :count], verticals[:, :count], count).sum((1, 2))
     budget = density * count * (count + 1) / 2
     assert diagonals[:, 0].all()
@@ -150,6 +153,7 @@ def test_rivals_read_a_prompt_as_a_whole_sequence(opened):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_filled_up_masks_are_the_same_masks(opened):
     ids = jnp.asarray(np.random.default_rng(2).integers(0, 256, (1, 43)), jnp.int32)
     run = nnx.jit(lambda model, ids: model.hidden(ids)[0])
@@ -179,7 +183,15 @@ def test_needles_and_lines_are_asked_of_every_rival(opened, monkeypatch, tmp_pat
     monkeypatch.setattr("train.dam.retrieve.rivals", few)
     found = retrieve(opened, random_masks(), 2, grid, str(tmp_path / "hay.txt"), tmp_path / "out", Deadline(None))
     with pytest.raises(ConfigError, match="lengths must leave room for two lines, got 200"):
-        retrieve(opened, random_masks(), 2, Grid(lengths=(200,)), str(tmp_path / "hay.txt"), tmp_path / "none", Deadline(None))
+        retrieve(
+            opened,
+            random_masks(),
+            2,
+            Grid(lengths=(200,)),
+            str(tmp_path / "hay.txt"),
+            tmp_path / "none",
+            Deadline(None),
+        )
     names = ["dense", "dam", "vertical_slash"]
     assert [(row["task"], row["name"]) for row in found] == [(t, n) for t in ("needle", "longeval") for n in names]
     assert all(row["lengths"] == [300, 384] and row["accuracy"] == [0.0, 0.0] for row in found)

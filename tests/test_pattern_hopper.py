@@ -117,7 +117,7 @@ def test_every_visible_pair_is_visited_once(length, side, reach, columns, window
 def test_halves_of_a_tile_are_the_consumers():
     """Word m of query t of half h of the mask on the diagonal is keys 32 m … of row 64 h + t."""
     patterns = make_patterns(3, 2 * TILE, 5, 5)
-    masks = np.asarray(visits(patterns, 3 * TILE).masks)
+    masks = np.asarray(jax.jit(lambda patterns: visits(patterns, 3 * TILE).masks)(patterns))
     inside = np.asarray(patterns.inside)
     for half, word, row in ((0, 0, 63), (1, 2, 17), (1, 3, 63)):
         bits = masks[4, 0, half, word, row] >> np.arange(32) & 1
