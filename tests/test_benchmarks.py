@@ -39,6 +39,42 @@ def small(generation, output: Path, **changes):
 
 
 @pytest.mark.slow
+def test_prompts_through_masks(tmp_path):
+    from benchmarks import dam
+
+    output = tmp_path / "prefill.json"
+    options = dam.Options(
+        lengths=(67, 259), dtype="float32", repeats=2, window=5, sinks=2, layers=1, hidden_size=18, output=output
+    )
+    rows = dam.main(options)
+    record = json.loads(output.read_text())
+    assert [(row["attention"], row["length"]) for row in record["rows"]] == [
+        ("dam", 67), ("dense", 67), ("dam", 259), ("dense", 259),
+    ]  # fmt: skip
+    assert all(len(row["seconds"]) == 2 and row["temporary_bytes"] > 0 for row in record["rows"])
+    # A cache of the masks holds what is within reach and the columns, whatever was read.
+    assert rows[0].cache_bytes == rows[2].cache_bytes < rows[1].cache_bytes < rows[3].cache_bytes
+    assert record["errors"]["dam"] <= 1e-5
+
+
+@pytest.mark.slow
+def test_prompts_through_wrong_masks_are_not_timed(monkeypatch):
+    from benchmarks import dam
+
+    options = dam.Options(dtype="float32", window=5, layers=1, hidden_size=18)
+    apply = dam.apply_masks
+    calls = []
+
+    def wrong(model, masks):
+        calls.append(model)
+        return apply(model, masks) if len(calls) == 1 else model
+
+    monkeypatch.setattr(dam, "apply_masks", wrong)
+    with pytest.raises(SystemExit, match="masked logits are wrong: RMS ratio"):
+        dam.check(options)
+
+
+@pytest.mark.slow
 def test_generation_benchmark(generation, tmp_path):
     output = tmp_path / "out" / "generation.json"
     rows = generation.main(small(generation, output))

@@ -181,17 +181,10 @@ def test_needles_and_lines_are_asked_of_every_rival(opened, monkeypatch, tmp_pat
     grid = Grid(lengths=(300, 384), depths=(1.0,), batch_size=2)
     few = lambda *args: {name: rivals(*args)[name] for name in ("dam", "vertical_slash", "exact_top")}  # noqa: E731
     monkeypatch.setattr("train.dam.retrieve.rivals", few)
-    found = retrieve(opened, random_masks(), 2, grid, str(tmp_path / "hay.txt"), tmp_path / "out", Deadline(None))
+    found = list(retrieve(opened, random_masks(), 2, grid, str(tmp_path / "hay.txt"), tmp_path / "out", Deadline(None)))
     with pytest.raises(ConfigError, match="lengths must leave room for two lines, got 200"):
-        retrieve(
-            opened,
-            random_masks(),
-            2,
-            Grid(lengths=(200,)),
-            str(tmp_path / "hay.txt"),
-            tmp_path / "none",
-            Deadline(None),
-        )
+        short = Grid(lengths=(200,))
+        next(retrieve(opened, random_masks(), 2, short, str(tmp_path / "hay.txt"), tmp_path / "no", Deadline(None)))
     names = ["dense", "dam", "vertical_slash"]
     assert [(row["task"], row["name"]) for row in found] == [(t, n) for t in ("needle", "longeval") for n in names]
     assert all(row["lengths"] == [300, 384] and row["accuracy"] == [0.0, 0.0] for row in found)

@@ -111,26 +111,26 @@ def evaluate(
                 _write(output, masks, opened.name, text, found, retrieved)
 
         documents = {source: read_documents((source,), opened.tokenizer, text_field) for source in text}
-        for length in sorted(lengths) if text else ():
-            dense, others = (
-                own_rivals(opened.model, length)
-                if masks is None
-                else (opened.model, rivals(opened.model, masks, length, sinks))
-            )
-            for source in text:
-                if deadline.passed:
-                    say(f"time is up: {text_name(source)} at {length:,} tokens and what follows is left out")
-                    break
-                taken = take_rows(documents[source], length, rows)
-                found += compare(
-                    dense,
-                    taken,
-                    others,
-                    text=text_name(source),
-                    batch_size=batch_size,
-                    progress=sys.stderr.isatty(),
+        parts = [(length, source) for length in sorted(set(lengths)) for source in text]
+        for length, source in parts:
+            if deadline.passed:
+                say(f"time is up: {text_name(source)} at {length:,} tokens and what follows is left out")
+                break
+            if source == text[0]:
+                dense, others = (
+                    own_rivals(opened.model, length)
+                    if masks is None
+                    else (opened.model, rivals(opened.model, masks, length, sinks))
                 )
-                write()
+            found += compare(
+                dense,
+                take_rows(documents[source], length, rows),
+                others,
+                text=text_name(source),
+                batch_size=batch_size,
+                progress=sys.stderr.isatty(),
+            )
+            write()
         if found:
             print(table(found))
         if retrieval_lengths and masks is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ CANNOT_GENERATE = ("exact_top",)
 
 def retrieve(
     opened: OpenedModel, masks: Masks, sinks: int, grid: Grid, haystack: str, output: Path, deadline: Deadline
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Every question of the grid to the dense model, the masked one, and rivals of its density at each length.
 
-    Writes `<attention>/needle.json`, `longeval.json` and their pictures below output. Returns task, attention, lengths
-    and accuracy per length of each; what the deadline leaves out is not in it.
+    Writes `<attention>/needle.json`, `longeval.json` and their pictures below output. Gives task, attention, lengths
+    and accuracy per length of each as soon as it is known; what the deadline leaves out is not among them.
     """
     grid.check()
     tokenizer = opened.tokenizer
@@ -40,11 +40,10 @@ def retrieve(
         for length in grid.lengths:
             # Before anything runs: a length that cannot be asked for is refused at once.
             ask(length, 0.0, 0)
-    found: list[dict[str, Any]] = []
     for task, ask, is_right in tasks:
         for name in ("dense", *names):
             if deadline.passed:
-                return found
+                return
             chunk = None if name in WHOLE_PROMPTS else PREFILL_CHUNK
             if name == "dense":
                 own = dict.fromkeys(by_length, answers_of(opened.model, tokenizer, chunk))
@@ -53,8 +52,7 @@ def retrieve(
             title = f"{opened.name}, {name.replace('_', ' ')}"
             result = measure(task, title, ask, _by_length(own), is_right, grid, output / name, deadline)
             accuracy = [sum(row) / len(row) for row in result.get("accuracy", ())]
-            found.append({"task": task, "name": name, "lengths": result.get("lengths", []), "accuracy": accuracy})
-    return found
+            yield {"task": task, "name": name, "lengths": result.get("lengths", []), "accuracy": accuracy}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
