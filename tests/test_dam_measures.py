@@ -91,19 +91,18 @@ def test_chosen_lines_fill_the_budget_with_the_largest(count, density):
 
 
 def test_vertical_slash_attends_to_its_lines_and_to_nothing_else(dense):
-    """Whole rows against a dense softmax over the chosen lines; padding on the right changes no bit."""
+    """Against a dense softmax over the lines that the row alone would choose, with padding on the right."""
     layer = VerticalSlashAttention(stacked(dense), 0.2)
     row = [jnp.asarray(a, jnp.float32)[None] for a in inputs()]
-    got = np.asarray(layer._attend(*row, None))
+    padded = [jnp.pad(a, ((0, 0), (0, 13), (0, 0), (0, 0)), constant_values=7.0) for a in row]
+    got = np.asarray(layer._attend(*padded, jnp.asarray([[1] * LENGTH + [0] * 13])))
     query, key, value = inputs()
-    weights = last_attention(row[0][0], row[1][0], jnp.int32(LENGTH), DIM**-0.5)
-    lines = choose_lines(weights, jnp.int32(LENGTH), jnp.float32(0.2))
+    weights = LAST_ATTENTION(row[0][0], row[1][0], jnp.int32(LENGTH), DIM**-0.5)
+    lines = CHOOSE(weights, jnp.int32(LENGTH), jnp.float32(0.2))
     seen = weights_of(query, key) * shown_by(*map(np.asarray, lines), LENGTH)
     want = np.einsum("hts,shd->thd", seen / seen.sum(-1, keepdims=True), np.repeat(value, HEADS // KV_HEADS, axis=1))
-    np.testing.assert_allclose(got[0], want, rtol=1e-3, atol=1e-5)
-    padded = [jnp.pad(a, ((0, 0), (0, 13), (0, 0), (0, 0)), constant_values=7.0) for a in row]
-    ids = jnp.asarray([[1] * LENGTH + [0] * 13])
-    np.testing.assert_allclose(layer._attend(*padded, ids)[:, :LENGTH], got, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[0, :LENGTH], want, rtol=1e-3, atol=1e-5)
+    assert not got[0, LENGTH:].any()
 
 
 def stacked(dense):
@@ -182,8 +181,8 @@ def test_needles_and_lines_are_asked_of_every_rival(opened, monkeypatch, tmp_pat
     few = lambda *args: {name: rivals(*args)[name] for name in ("dam", "vertical_slash", "exact_top")}  # noqa: E731
     monkeypatch.setattr("train.dam.retrieve.rivals", few)
     found = list(retrieve(opened, random_masks(), 2, grid, str(tmp_path / "hay.txt"), tmp_path / "out", Deadline(None)))
+    short = Grid(lengths=(200,))
     with pytest.raises(ConfigError, match="lengths must leave room for two lines, got 200"):
-        short = Grid(lengths=(200,))
         next(retrieve(opened, random_masks(), 2, short, str(tmp_path / "hay.txt"), tmp_path / "no", Deadline(None)))
     names = ["dense", "dam", "vertical_slash"]
     assert [(row["task"], row["name"]) for row in found] == [(t, n) for t in ("needle", "longeval") for n in names]
