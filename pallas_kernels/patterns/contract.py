@@ -74,9 +74,8 @@ class Forward(Protocol):
     """(query, key, value, patterns, places of the queries and of the keys) -> out.
 
     kept: None where `key` holds whole documents in order; then columns are read from there, and `order` is the row of
-    `key`. Otherwise every pair
-    closer than `patterns.reach` is read from `key`, in which order has no meaning, and every other from `kept`; all
-    tokens of a row are then of one document.
+    `key`. Otherwise every pair closer than `patterns.reach` is read from `key`, in which order has no meaning, and
+    every other from `kept`; all tokens of a row are then of one document.
     """
 
     def __call__(
