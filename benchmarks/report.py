@@ -183,10 +183,12 @@ def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
 
 
 def masks(name: str, content: dict[str, Any], figures: Path) -> str:
-    lines = [
-        "| text | attention | tokens | density | perplexity | KL, nats | top-1 agreement |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
+    if content["results"]:
+        lines = [
+            "| text | attention | tokens | density | perplexity | KL, nats | top-1 agreement |",
+            "|---|---|---|---|---|---|---|",
+        ]
     for row in content["results"]:
         lines.append(
             f"| {row.get('text', '')} | {row['name']} | {row['length']:,} | {row['density']:.1%} | "
