@@ -73,6 +73,7 @@ def scaling_claims(records: Records) -> list[Claim]:
     for file, content in records.items():
         for run in content["runs"]:
             losses[(file, run["size"]), run["attention"]].append(run["validation_loss"])
+    lost = [run["name"] for content in records.values() for run in content.get("diverged", ())]
     spreads = [seed_spread(content["runs"]) for content in records.values()]
     spread = max((one for one in spreads if one is not None), default=0.0)
     claims = []
@@ -83,17 +84,20 @@ def scaling_claims(records: Records) -> list[Claim]:
             if name == "dma" and (size, rival) in losses
         ]
         better, worse = sum(gap < -2 * spread for gap in gaps), sum(gap > 2 * spread for gap in gaps)
-        measured = ""
+        parts = []
         if gaps:
-            measured = (
+            parts.append(
                 f"lower in {better}, higher in {worse} of {len(gaps)} sizes by more than two standard deviations over "
                 f"seeds ({2 * spread:.4f}); mean gap {np.mean(gaps):+.4f} nats"
             )
+        for variant in ("dma", rival):
+            if count := sum(f"_{variant}_" in name for name in lost):
+                parts.append(f"{count} of {variant.upper()}'s runs diverged")
         said = f"DMA's loss is below {rival.upper()}'s at equal size and tokens (2508.02124)"
         verdict = verdict_of(better, len(gaps) - better - worse, worse)
         if verdict == REPRODUCED and not better:
             verdict = NOT
-        claims.append(Claim(said, measured, verdict))
+        claims.append(Claim(said, "; ".join(parts), verdict))
     return claims
 
 

@@ -112,7 +112,8 @@ def ladder(name: str, content: dict[str, Any], figures: Path) -> str:
         f"{len(runs)} runs on {_devices(runs)}; rows of {some['sequence_length']:,} tokens, window "
         f"{some['model']['window']:,} or the variant's equal. Text: {'; '.join(sorted({run['text'] for run in runs}))}."
     )
-    return f"{said}\n\n{scaling.table(runs, fit)}\n{_picture(name, 'Loss against compute, with the fits')}"
+    table = scaling.table(runs, fit, content.get("diverged", ()))
+    return f"{said}\n\n{table}\n{_picture(name, 'Loss against compute, with the fits')}"
 
 
 def ablations(name: str, results: list[dict[str, Any]], figures: Path) -> str:

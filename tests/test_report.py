@@ -62,6 +62,11 @@ def test_losses_are_compared_beyond_the_spread_of_seeds(gaps, verdict):
     claim = next(claim for said, claim in found.items() if "SWA" in said)
     assert claim.verdict == verdict
     assert "of 2 sizes by more than two standard deviations over seeds (0.0141)" in claim.measured
+    assert "diverged" not in claim.measured
+    lost = [{"name": "c_dma_s0"}, {"name": "c_dma_s1"}, {"name": "c_mha_s0"}]
+    for claim in claims.scaling_claims({"scaling_x": {"runs": runs, "diverged": lost}}):
+        assert "2 of DMA's runs diverged" in claim.measured
+        assert ("1 of MHA's runs diverged" in claim.measured) == ("MHA's at" in claim.said)
 
 
 def test_needles_of_models_that_differ_in_attention_alone():

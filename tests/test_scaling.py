@@ -12,8 +12,11 @@ from small_run import compile_cache, small_config
 
 from configs.scaling import LADDER_20M
 from train import cli
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainingDivergedError
 from train.experiments import scaling
+from train.experiments.cells import train_missing
+from train.experiments.deadline import Deadline
+from train.experiments.results import read_diverged
 from train.experiments.scaling_config import ScalingSweep
 from train.experiments.scaling_fit import PowerLaw, fit_power_laws
 from train.experiments.variants import VARIANTS
@@ -208,6 +211,40 @@ def test_a_ladder_stopped_and_continued(tmp_path, monkeypatch, capsys):
     other = replace(sweep, base=replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=0.5)))
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate 0.01 -> 0.5; choose another --output"):
         scaling.run_ladder(other, output, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeCell:
+    name: str
+    rate: float = 0.1
+
+
+def test_a_cell_that_diverged_is_a_result_and_not_trained_again(tmp_path, capsys):
+    trained = []
+
+    def train(cell):
+        trained.append(cell.name)
+        if cell.rate > 1:
+            raise TrainingDivergedError(f"{cell.name}: 20 steps in a row")
+        return 0
+
+    def run(*cells):
+        trained.clear()
+        assert train_missing(cells, tmp_path, lambda cell: False, train, Deadline(None)) == 0
+        return list(trained)
+
+    assert run(FakeCell("a", 3.0), FakeCell("b")) == ["a", "b"]
+    assert "diverged: a: 20 steps in a row" in capsys.readouterr().out
+    assert run(FakeCell("a", 3.0), FakeCell("b")) == ["b"]
+    assert "2 cells, 1 of them done" in capsys.readouterr().out
+    assert run(FakeCell("a", 0.3)) == ["a"]
+    assert [run["name"] for run in read_diverged(tmp_path)] == ["a"]
+    write_runs(tmp_path, sizes=2)
+    scaling.report(tmp_path, samples=2)
+    assert "Diverged, and in no mean or fit (1 runs): a." in (tmp_path / "table.md").read_text()
+    assert [run["said"] for run in json.loads((tmp_path / "results.json").read_text())["diverged"]] == [
+        "a: 20 steps in a row"
+    ]
 
 
 def test_the_command_teaches_and_refuses_in_one_line(tmp_path, capsys):

@@ -65,7 +65,7 @@ def run_sweep(opened: OpenedModel, sweep: Sweep, text: Path | None, output: Path
         if not held_out:
             for kind in KINDS:
                 held_out[kind] = take_rows(documents("held-out", (kind,)), sweep.length, sweep.rows)
-        result: dict[str, Any] = {**cell._asdict(), "settings": settings, **origin()}
+        result: dict[str, Any] = {**dataclasses.asdict(cell), "settings": settings, **origin()}
         try:
             masks = match(maps, MatchConfig(cell.threshold, cell.mu, amplifier=sweep.amplifier))
         except DamError as error:
@@ -94,7 +94,7 @@ def run_sweep(opened: OpenedModel, sweep: Sweep, text: Path | None, output: Path
             raise ConfigError(f"{path} was measured with other {', '.join(changed)}: choose another --output")
         return known is not None
 
-    code = train_missing(sweep.cells(), is_done, measure, deadline)
+    code = train_missing(sweep.cells(), output, is_done, measure, deadline)
     if any(read_results(output)):
         report(opened.name, output)
         say((output / "table.md").read_text(encoding="utf-8"))

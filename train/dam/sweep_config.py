@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 from train.errors import ConfigError
 
@@ -48,7 +47,8 @@ class Sweep:
         ]
 
 
-class Cell(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Cell:
     """One capture length and one way to match."""
 
     capture: int

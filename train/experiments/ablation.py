@@ -50,7 +50,7 @@ def run_ablations(sweep: AblationSweep, output: Path, max_minutes: float | None)
     deadline = Deadline(max_minutes)
     cells = sweep.cells(output, mesh.batch_shards(mesh.make_mesh(sweep.base.mesh)))
     code = train_missing(
-        cells, lambda cell: is_done(cell.train, output), lambda cell: _train(cell, output, deadline), deadline
+        cells, output, lambda cell: is_done(cell.train, output), lambda cell: _train(cell, output, deadline), deadline
     )
     if not code and any(read_results(output)):
         report(output)

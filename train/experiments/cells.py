@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from train.errors import RunInUseError, TrainingDivergedError
 from train.experiments.deadline import Deadline
+from train.experiments.results import has_diverged, write_diverged
 from train.monitor import say
 
 
 class Cell(Protocol):
-    """Anything to train that has a name."""
+    """Anything to train: a dataclass with the name of its folder."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str: ...
@@ -21,25 +25,34 @@ C = TypeVar("C", bound=Cell)
 
 
 def train_missing(
-    cells: Sequence[C], is_done: Callable[[C], bool], train: Callable[[C], int], deadline: Deadline
+    cells: Sequence[C], output: Path, is_done: Callable[[C], bool], train: Callable[[C], int], deadline: Deadline
 ) -> int:
     """train(cell) -> exit code, for every cell that is not done, until one is not 0. Returns that exit code.
 
-    A cell that diverges, or that another process is training, is reported and passed over: several processes may
-    share a folder. One whose time ran out with the session is continued by the same command.
+    A cell that diverges is recorded as such in `output/<its name>` and not trained again; one that another process is
+    training is passed over: several processes may share a folder. One whose time ran out with the session is
+    continued by the same command.
     """
-    missing = [cell for cell in cells if not is_done(cell)]
+
+    def ended(cell: C) -> bool:
+        return is_done(cell) or has_diverged(output / cell.name, cell)
+
+    missing = [cell for cell in cells if not ended(cell)]
     say(f"{len(cells)} cells, {len(cells) - len(missing)} of them done")
     for number, cell in enumerate(missing, 1):
         if deadline.passed:
             say(f"time is up: {len(missing) - number + 1} cells are left; the same command continues")
             break
-        if is_done(cell):
+        if ended(cell):
             continue  # by another process, since the beginning
         say(f"cell {number} of {len(missing)}: {cell.name}")
         try:
             code = train(cell)
-        except (TrainingDivergedError, RunInUseError) as error:
+        except TrainingDivergedError as error:
+            write_diverged(output / cell.name, cell, str(error))
+            say(f"diverged: {error}")
+            continue
+        except RunInUseError as error:
             say(f"passed over: {error}")
             continue
         if code:

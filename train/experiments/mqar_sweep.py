@@ -37,7 +37,10 @@ def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
             report(output)
         return outcome.exit_code
 
-    code = train_missing(sweep.cells(), lambda cell: read_result(output / cell.name, cell) is not None, train, deadline)
+    def is_done(cell: MQARConfig) -> bool:
+        return read_result(output / cell.name, cell) is not None
+
+    code = train_missing(sweep.cells(), output, is_done, train, deadline)
     if not code and any(read_results(output)):
         report(output)
         say((output / "table.md").read_text(encoding="utf-8"))

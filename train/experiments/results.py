@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 RESULT = "result.json"
+DIVERGED = "diverged.json"
 JOBS = "DMATTN_JOBS"
 """In the environment: how many processes share this one's accelerator."""
 
@@ -48,4 +53,24 @@ def write_text(path: Path, text: str) -> None:
 def read_results(output: Path) -> Iterator[dict[str, Any]]:
     """The results of all finished cells below a folder, by name."""
     for path in sorted(output.glob(f"*/{RESULT}")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_diverged(folder: Path, config: DataclassInstance, said: str) -> None:
+    """A cell whose numbers stopped being finite: trained again it would end the same way, so that is its result."""
+    write_json(folder / DIVERGED, {"name": folder.name, "said": said, "config": dataclasses.asdict(config), **origin()})
+
+
+def has_diverged(folder: Path, config: DataclassInstance) -> bool:
+    """Whether the cell of this configuration did; one of another is trained as if there were none."""
+    path = folder / DIVERGED
+    if not path.exists():
+        return False
+    known = json.loads(path.read_text(encoding="utf-8"))["config"]
+    return known == json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_diverged(output: Path) -> Iterator[dict[str, Any]]:
+    """The cells below a folder that diverged, by name."""
+    for path in sorted(output.glob(f"*/{DIVERGED}")):
         yield json.loads(path.read_text(encoding="utf-8"))

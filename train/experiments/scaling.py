@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.errors import ConfigError
 from train.experiments.cells import train_missing
 from train.experiments.deadline import Deadline
-from train.experiments.results import RESULT, origin, read_results, write_json, write_text
+from train.experiments.results import RESULT, origin, read_diverged, read_results, write_json, write_text
 from train.experiments.scaling_config import ScalingSweep
 from train.experiments.scaling_fit import Fit, fit_power_laws
 from train.experiments.speed import speed_table
@@ -38,7 +38,7 @@ def run_ladder(sweep: ScalingSweep, output: Path, max_minutes: float | None) -> 
     deadline = Deadline(max_minutes)
     cells = sweep.cells(output, mesh.batch_shards(mesh.make_mesh(sweep.base.mesh)))
     code = train_missing(
-        cells, lambda cell: is_done(cell, output), lambda cell: _train(cell, output, deadline), deadline
+        cells, output, lambda cell: is_done(cell, output), lambda cell: _train(cell, output, deadline), deadline
     )
     if not code and any(read_results(output)):
         report(output)
@@ -100,16 +100,17 @@ def _train(cell: TrainConfig, output: Path, deadline: Deadline) -> int:
 
 
 def report(output: Path, samples: int = 300) -> None:
-    """Writes results.json (every run's numbers, and the fit), table.md and scaling.png from the runs below `output`.
+    """Writes results.json (every run's numbers, the fit, and which diverged), table.md and scaling.png from `output`.
 
     Variants with fewer than 3 sizes are shown and not fitted. Raises: ConfigError when there is no finished run.
     """
     results = list(read_results(output))
     if not results:
         raise ConfigError(f"no finished run below {output}")
-    fit = fit_of(results, samples)
-    write_json(output / "results.json", {"runs": results, "fit": None if fit is None else describe_fit(fit)})
-    write_text(output / "table.md", table(results, fit))
+    fit, diverged = fit_of(results, samples), list(read_diverged(output))
+    content = {"runs": results, "fit": None if fit is None else describe_fit(fit), "diverged": diverged}
+    write_json(output / "results.json", content)
+    write_text(output / "table.md", table(results, fit, diverged))
     plot(results, fit, output / "scaling.png")
 
 
@@ -155,7 +156,8 @@ def seed_spread(results: Sequence[Mapping[str, Any]]) -> float | None:
     return math.sqrt(squares / freedom) if freedom else None
 
 
-def table(results: Sequence[Mapping[str, Any]], fit: Fit | None) -> str:
+def table(results: Sequence[Mapping[str, Any]], fit: Fit | None, diverged: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Losses, speeds and laws as Markdown. diverged: runs without numbers, which are named."""
     sizes = {r["size"]: r["size_parameters"] for r in sorted(results, key=lambda r: r["size_parameters"])}
     variants = [variant for variant in VARIANTS if any(r["attention"] == variant for r in results)]
     losses = collections.defaultdict(list)
@@ -171,6 +173,9 @@ def table(results: Sequence[Mapping[str, Any]], fit: Fit | None) -> str:
     spread = seed_spread(results)
     said = "no size has two seeds" if spread is None else f"the standard deviation over seeds is {spread:.4f}"
     lines += ["", f"Validation loss in nats, mean over (runs); {said}.", ""]
+    if diverged:
+        names = ", ".join(run["name"] for run in diverged)
+        lines += [f"Diverged, and in no mean or fit ({len(diverged)} runs): {names}.", ""]
     speeds = speed_table(
         sorted(results, key=lambda r: r["size_parameters"]),
         lambda r: f"{r['size']} ({r['size_parameters'] / 1e6:.1f}M)",
