@@ -34,6 +34,8 @@ from train.flops import visible_pairs
 
 PORTABLE_LENGTH = 8192
 """Where a faster implementation runs, the portable one is measured up to here only."""
+DENSE_LENGTH = 1 << 17
+"""Dense attention is measured up to here: at a million tokens forward and backward are a minute."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class Options:
     """What to measure.
 
     lengths, windows: measured in pairs. heads, kv_heads, head_dim: Table 5 of the DMA paper by default. gates: all of
-    them at one length (`gates_at`), the first at the others.
+    them where `gates_at` stands first among the lengths, elsewhere the first alone.
     """
 
-    lengths: tuple[int, ...] = (1024, 2048, 8192, 32768, 131072)
-    windows: tuple[int, ...] = (1024, 1024, 1024, 1024, 2048)
+    lengths: tuple[int, ...] = (1024, 1024, 2048, *[8192] * 4, *[32768] * 3, *[131072] * 3, 1 << 20)
+    windows: tuple[int, ...] = (1024, 256, 1024, 1024, 256, 2048, 8192, 1024, 256, 2048, 2048, 256, 1024, 2048)
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
@@ -154,7 +156,8 @@ def matrix_product(dtype: str, repeats: int) -> float:
     return 2 * size**3 / (statistics.median(times) * 1e-3)
 
 
-def rows_of(options: Options, length: int, window: int, gate: str, ceiling: float) -> list[Row]:
+def rows_of(options: Options, length: int, window: int, gate: str, ceiling: float, *, dense: bool) -> list[Row]:
+    """dense: with cuDNN's dense attention, and PyTorch's, which have no window."""
     *inputs, cotangent = make_inputs(options, length, gate)
     rows = []
 
@@ -177,7 +180,7 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
         ("select + layout", "forward", selection, inputs[3:])
     ]
     for name, attend in table.items():
-        if name.startswith("cudnn") and gate != options.gates[0]:
+        if (name.startswith("cudnn") and gate != options.gates[0]) or (name == "cudnn dense" and not dense):
             continue
         if name == "dma xla" and fastest.name != "xla" and (length > PORTABLE_LENGTH or gate != options.gates[0]):
             continue
@@ -194,7 +197,7 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
     for (what, direction, _, arguments), program in zip(work, programs, strict=True):
         times, temporary = measure(program, arguments, options.repeats)
         keep(Row(length, window, gate, what, direction, times, temporary), dense=what == "cudnn dense")
-    if options.torch and torch_peers.available() and gate == options.gates[0] and length <= options.gates_at:
+    if options.torch and torch_peers.available() and dense and length <= options.gates_at:
         shape = (length, options.heads, options.kv_heads, options.head_dim)
         expiry = np.asarray(jax.jit(select_keys, static_argnums=1)(inputs[3], window))[0]
         for name, function in torch_peers.peers(*shape, expiry, np.asarray(inputs[3])[0]):
@@ -219,9 +222,11 @@ def main(options: Options) -> None:
     ceiling = matrix_product(options.dtype, options.repeats)
     print(f"matrix product: {ceiling / 1e12:.1f} TFLOP/s")
     rows: list[Row] = []
-    for length, window in zip(options.lengths, options.windows, strict=True):
-        for gate in options.gates if length == options.gates_at else options.gates[:1]:
-            rows += rows_of(options, length, window, gate, ceiling)
+    for index, (length, window) in enumerate(zip(options.lengths, options.windows, strict=True)):
+        new = length not in options.lengths[:index]
+        for gate in options.gates if new and length == options.gates_at else options.gates[:1]:
+            dense = new and gate == options.gates[0] and length <= DENSE_LENGTH
+            rows += rows_of(options, length, window, gate, ceiling, dense=dense)
             more = {"errors": errors, "matrix_product_flops": ceiling}
             record.write(options.output, options, [asdict(row) for row in rows], **more)
 

@@ -5,6 +5,8 @@ python benchmarks/attention_plot.py benchmarks/results/h200_attention.json docs/
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 
 from train.plots import INK, save_figure
 
+STYLES = ("o-", "s--", "^:", "d-.")
 COLOURS = {
     "dma mosaic_gpu": "#d95f02",
     "dma xla": "#e6ab02",
@@ -39,15 +42,18 @@ def draw(record: dict[str, Any], target: Path) -> None:
     ):
         rows = [row for row in record["rows"] if row["direction"] == direction and row["gate"] == gate]
         for name, colour in COLOURS.items():
-            points = sorted(
-                (row["length"], statistics.median(row["milliseconds"])) for row in rows if row["what"] == name
-            )
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4)
+            own = [row for row in rows if row["what"] == name]
+            # Dense attention has no window, whatever stood beside it.
+            lines = collections.defaultdict(list)
+            for row in own:
+                lines[None if "dense" in name else row["window"]].append(row)
+            for (window, line), style in zip(sorted(lines.items()), itertools.cycle(STYLES)):
+                points = sorted((row["length"], statistics.median(row["milliseconds"])) for row in line)
+                label = name if len(lines) == 1 else f"{name}, w {window:,}"
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
         decorate(axes, title, sorted({row["length"] for row in rows}))
     heads = "{heads} query heads, {kv_heads} kv heads, d {head_dim}, {dtype}".format(**record["options"])
-    windows = " / ".join(map(str, sorted(set(record["options"]["windows"]))))
-    figure.suptitle(f"{record['device']}: {heads}, window {windows}, {gate} gate", color=INK, fontsize=10)
+    figure.suptitle(f"{record['device']}: {heads}, {gate} gate", color=INK, fontsize=10)
     save_figure(figure, target, dpi=130)
 
 
