@@ -269,6 +269,20 @@ def test_damaged_and_missing_files(maps, tmp_path):
         load_masks(tmp_path)
 
 
+def test_the_same_weights_in_another_type_are_the_same_model(model, maps):
+    """Maps recorded in float32 on one machine serve the model as bfloat16 on another."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", param_dtype="bfloat16")
+    low = LlamaForCausalLM(config, rngs=nnx.Rngs(4))
+    _, state = nnx.split(model)
+    nnx.update(low, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state))
+    masked = apply_masks(low, match(maps, MatchConfig(threshold=0.2)))
+    assert masked.hidden(jnp.zeros((1, 3), jnp.int32))[0].dtype == jnp.bfloat16
+    graph, state = nnx.split(model)
+    moved = jax.tree.map(lambda leaf: leaf * (1 + 2**-6), state)
+    with pytest.raises(DamError, match="masks are of another model"):
+        apply_masks(nnx.merge(graph, moved), match(maps, MatchConfig(threshold=0.2)))
+
+
 def test_bad_input_is_named(model, maps):
     other = LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(4))
     masks = match(maps, MatchConfig(threshold=0.2))

@@ -105,6 +105,19 @@ def test_vertical_slash_attends_to_its_lines_and_to_nothing_else(dense):
     assert not got[0, LENGTH:].any()
 
 
+def test_vertical_slash_names_its_columns(dense):
+    """As the contract of patterns asks: a kernel may read columns from nowhere else."""
+    layer = VerticalSlashAttention(stacked(dense), 0.3)
+    query, key, _ = (jnp.asarray(a, jnp.float32) for a in inputs())
+    found = layer._patterns(query, key, jnp.int32(LENGTH))
+    union = np.asarray(found.verticals).reshape(KV_HEADS, -1, LENGTH).any(1)
+    assert union.sum() > KV_HEADS
+    for head, columns in enumerate(np.asarray(found.columns)):
+        count = int(union[head].sum())
+        np.testing.assert_array_equal(columns[:count], np.flatnonzero(union[head]))
+        assert (columns[count:] == -1).all()
+
+
 def stacked(dense):
     """As a layer of a stack of one sees itself: the rivals give each layer its own variables."""
     graph, state = nnx.split(dense)

@@ -56,6 +56,7 @@ class OpenedModel:
 def open_model(path: Path, *, best: bool) -> OpenedModel:
     """The model of a run (`load_trained`), of a .gguf file, of a Hugging Face folder, or of `hf:OWNER/NAME` on the hub.
 
+    A .gguf file, which names no type to compute in, is computed in bfloat16 on an accelerator and float32 on a CPU.
     Raises UserError where there is none, or it cannot be read.
     """
     hub = str(path).startswith("hf:")
@@ -65,7 +66,8 @@ def open_model(path: Path, *, best: bool) -> OpenedModel:
         return OpenedModel(trained.model(), trained.tokenizer, trained.config.name, trained.path)
     source = str(path).removeprefix("hf:")
     try:
-        model = load_pretrained(source)
+        half = path.suffix == ".gguf" and jax.default_backend() != "cpu"
+        model = load_pretrained(source, "bfloat16" if half else None)
         return OpenedModel(model, load_pretrained_tokenizer(source, model.config.vocab_size), path.stem, path)
     except (CheckpointFormatError, HubError, FileNotFoundError, ModuleNotFoundError) as error:
         raise CheckpointError(" ".join(str(error).split())) from error

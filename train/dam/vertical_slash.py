@@ -54,9 +54,11 @@ class VerticalSlashAttention(MultiHeadAttention):
         length, heads = query.shape[:2]
         density = self.density[...].reshape(-1)[0]
         diagonals, verticals = choose_lines(last_attention(query, key, count, self.head_dim**-0.5), count, density)
-        return Patterns(
-            jnp.ones((heads, 1, 1), bool), diagonals, verticals, jnp.full((key.shape[1], 1), -1, jnp.int32), length
-        )
+        shared = verticals.reshape(key.shape[1], -1, length).any(1)
+        # Rising, and unused places at the end.
+        columns = jnp.sort(jnp.where(shared, jnp.arange(length, dtype=jnp.int32), length), axis=1)
+        columns = jnp.where(columns < length, columns, -1)
+        return Patterns(jnp.ones((heads, 1, 1), bool), diagonals, verticals, columns, length)
 
 
 def last_attention(
