@@ -17,12 +17,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import tyro
+
+from benchmarks.tpu_programs import Kernel, Shape
+from benchmarks.tpu_visits import count_visits
 
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 # Bundles a second of one core. The compiler's listing has none; these are the vendor's published peak FLOP/s over
@@ -31,18 +33,9 @@ CLOCK = {"v5e": 197e12 / (2 * 4 * 128 * 128), "v5p": 459e12 / 2 / (2 * 4 * 128 *
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to compile.
+class Options(Shape):
+    """What to compile, and where to write what was found."""
 
-    topology: any that `jax.experimental.topologies` knows. length, window: of the modelled pass, a random gate.
-    """
-
-    topology: str = "v5e:2x2"
-    length: int = 32768
-    window: int = 1024
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
     output: Path | None = None
 
 
@@ -58,20 +51,6 @@ class Loop:
         return self.slots["MXU"] / (4 * self.bundles)
 
 
-# What JAX calls a device of each generation: block sizes follow from it.
-KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
-
-
-def sizes_for(options: Options) -> Any:
-    import jax.numpy as jnp
-
-    from pallas_kernels.tpu.config import block_sizes, compiling_for
-
-    with compiling_for(KINDS[options.topology.split(":")[0]]):
-        return block_sizes(options.length, options.length, options.window, options.head_dim, jnp.dtype(jnp.bfloat16))
-
-
-Kernel = Literal["selection", "forward", "dquery", "dkey", "stream", "splash"]
 # Names that kernels have in the dump, and how many 128 × 128 blocks each of their matrix loops handles, in the order of
 # the schedule: `tiles.walk` has a wide step (a pair for gradients of keys), a masked pair and a masked single tile;
 # splash has one step.
@@ -140,8 +119,9 @@ def scheduled(kernel: Kernel, options: Options) -> dict[str, list[Loop]]:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
         }
-        program = "import json, sys, benchmarks.tpu_schedule as own; own.compile_kernel(**json.loads(sys.argv[1]))"
-        arguments = [json.dumps({"kernel": kernel, **asdict(options)}, default=str)]
+        program = "import json, sys, benchmarks.tpu_programs as own; own.compile_kernel(**json.loads(sys.argv[1]))"
+        shape = {field.name: getattr(options, field.name) for field in fields(Shape)}
+        arguments = [json.dumps({"kernel": kernel, **shape})]
         child = subprocess.run(
             [sys.executable, "-c", program, *arguments],
             env=environment | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
@@ -285,215 +265,6 @@ def beside_splash(schedules: dict[str, list[Loop]], visits: dict[str, float | in
         spent = sum(visits[label] * bundles for label, _, bundles in masked)
         ratios[name]["masked"] = spent / sum(visits[label] * blocks for label, blocks, _ in masked) / per_block
     return ratios
-
-
-def count_visits(options: Options) -> dict[str, int]:
-    """How often each loop runs: the same selection, lists and bounds as a run has, on a random gate."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from dmattn_jax.documents import document_bounds
-    from dmattn_jax.layout import lay_out
-    from dmattn_jax.selection import choose_keys
-    from pallas_kernels.tpu.backward_key import WIDE
-    from pallas_kernels.tpu.config import LANES
-    from pallas_kernels.tpu.stream import tile_ranges
-
-    sizes = sizes_for(options)
-    heads, length = options.kv_heads, options.length
-    gate = jnp.asarray(np.random.default_rng(0).standard_normal((1, heads, length)), jnp.float32)
-
-    @jax.jit
-    def lay(gate):
-        choice = choose_keys(gate, (options.window,) * heads, document_bounds(None, 1, length), causal=True)
-        return lay_out(choice, queries=length, window=options.window, blocks=sizes)
-
-    intervals = lay(gate)
-    lists = intervals.lists
-    assert lists is not None
-    epochs, capacity = lists.index.shape[2:]
-    index = np.asarray(lists.index)
-    first = np.arange(epochs)[:, None] * sizes.epoch
-
-    def relative(array):
-        there = np.take_along_axis(np.asarray(array)[:, :, None], np.minimum(index, length - 1), axis=3) - first
-        return np.where(index < length, np.clip(there, 0, sizes.epoch), 0).reshape(heads, epochs, -1, LANES)
-
-    start, end = relative(intervals.start), relative(intervals.end)
-    kinds = ("whole", "masked pair", "masked single")
-    counts = dict.fromkeys([*kinds, *(f"key {kind}" for kind in kinds)], 0)
-    for begin in range(0, sizes.epoch, sizes.block_q):
-        last = begin + sizes.block_q - 1
-        meets = (start.min(-1) <= last) & (end.max(-1) > begin)
-        whole = (start.max(-1) <= begin) & (end.min(-1) > last)
-        for prefix, width in (("", sizes.wide // LANES), ("key ", WIDE // LANES)):
-            wide = whole.reshape(heads, epochs, -1, width).all(-1)
-            rest = meets & ~np.repeat(wide, width, axis=-1)
-            pairs = rest.reshape(heads, epochs, -1, 2)
-            counts[f"{prefix}whole"] += int(wide.sum())
-            counts[f"{prefix}masked pair"] += int(pairs.all(-1).sum())
-            counts[f"{prefix}masked single"] += int((pairs[..., 0] != pairs[..., 1]).sum())
-
-    def moved(label, slots, low, high):
-        ranges = np.asarray(tile_ranges(slots, low, high))
-        tiles = np.maximum(ranges[..., 1, :] - ranges[..., 0, :], 0)
-        return {f"{label} pair": int((tiles // 2).sum()), label: int((tiles % 2).sum())}
-
-    own = lists.entry_slot.reshape(1, heads, epochs, sizes.epoch)
-    rising = np.broadcast_to(np.arange(length), gate.shape[1:])
-    chosen = {
-        f"{label}: {name}": count
-        for label, gates, listed in (
-            ("select", np.asarray(gate)[0], index[0]),
-            # Every key enters and is seen: the most there can be to compare.
-            ("select, rising gate", rising, np.zeros_like(index[0])),
-        )
-        for name, count in count_comparisons(gates, listed, lists.carried, options.window, sizes.epoch).items()
-    }
-    carry = moved("carry", lists.next_slot, 0, lists.carried)
-    enter = moved("enter", own, lists.carried, capacity)
-    return chosen | counts | {"query tiles": heads * length // sizes.block_q, "epochs": heads * epochs} | carry | enter
-
-
-def count_comparisons(gate: Any, index: Any, carried: int, window: int, epoch: int) -> dict[str, int]:
-    """How often the loops of the two kernels run that choose keys: gate [K, N] without ties, index [K, E, C]."""
-    import numpy as np
-
-    from pallas_kernels.tpu.choosing import ROWS, compared_at_once
-    from pallas_kernels.tpu.config import LANES
-
-    heads, length = gate.shape
-    epochs, wide = length // epoch, compared_at_once(carried)
-    names = ("row", "turn", "in turn: carried", "in turn: entered", "tile", "safe", "carried", "entered", "ask")
-    counts = dict.fromkeys(names, 0)
-    for row, number in np.ndindex(heads, epochs):
-        first = number * epoch
-        until = gate[row, : first + 1]
-        least = np.partition(until, -window)[-window] if until.size >= window else -np.inf
-        enters = first + np.flatnonzero(gate[row, first : first + epoch] >= least)
-        counts["row"] += 1
-        for tile, at in enumerate(range(0, enters.size, LANES)):
-            own = enters[at : at + LANES]
-            # As the kernel asks: 128 positions without a gap, each above all before it.
-            rises = (np.diff(gate[row, own]) >= 0).all() and gate[row, own[0]] >= gate[row, : own[0] + 1].max()
-            counts["turn"] += 1
-            if own.size == LANES and own[-1] - own[0] == LANES - 1 and rises and window >= LANES:
-                counts["in turn: carried"] += carried // wide
-                counts["in turn: entered"] += tile
-                continue
-            safe = int(np.clip((window - at - own.size) // wide, 0, carried // wide))
-            counts["tile"] += 1
-            counts["safe"] += safe
-            counts["carried"] += carried // wide - safe
-            counts["entered"] += tile
-        counts["ask"] += -(-int((index[row, number, carried:] < length).sum()) // LANES)
-    steps = -(-heads // ROWS) * epochs
-    of_all = dict.fromkeys(("close up", "settle", "spread"), steps)
-    return counts | {"own": counts["tile"], "next": counts["turn"], "let in": counts["turn"]} | of_all
-
-
-def compile_kernel(kernel: Kernel, **fields: Any) -> None:
-    """In the child: compile one program for the topology's first device; the schedule is its side effect."""
-    import jax
-    from jax.experimental import topologies
-
-    options = Options(**fields)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices[0]
-    function, arguments = _splash(options) if kernel == "splash" else _ours(kernel, options)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*arguments).lower().compile()
-
-
-def _ours(kernel: Kernel, options: Options) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    import jax
-    import jax.numpy as jnp
-
-    from pallas_kernels import EpochLists
-    from pallas_kernels.tpu.backward_key import key_gradients
-    from pallas_kernels.tpu.backward_query import query_gradient
-    from pallas_kernels.tpu.forward import attend
-    from pallas_kernels.tpu.selection import select
-    from pallas_kernels.tpu.stream import stream_rows
-    from pallas_kernels.tpu.tiles import Rows
-
-    sizes = sizes_for(options)
-    kv_heads, dim, epochs = options.kv_heads, options.head_dim, 4
-    group, epoch = options.heads // kv_heads, sizes.epoch
-    carried = -(-options.window // sizes.granule) * sizes.granule
-    length, capacity = epochs * epoch, -(-(epoch + carried) // sizes.granule) * sizes.granule
-    shape = jax.ShapeDtypeStruct
-
-    def blocks(*rest, dtype=jnp.bfloat16):
-        return shape((1, kv_heads, epochs, *rest), dtype)
-
-    rows = (
-        blocks(capacity, dim),
-        blocks(capacity, dim),
-        blocks(1, capacity, dtype=jnp.float32),
-        blocks(2, capacity, dtype=jnp.int32),
-        blocks(4, capacity // 128, dtype=jnp.int32),
-    )
-    query = shape((1, kv_heads, group, length, dim), jnp.bfloat16)
-    stats = shape((1, kv_heads, length // sizes.block_q, 8, group * sizes.block_q), jnp.float32)
-    slots, entries = blocks(capacity, dtype=jnp.int32), shape((1, kv_heads, length), jnp.int32)
-    kw: dict[str, Any] = {"scale": dim**-0.5, "sizes": sizes}
-
-    def make(*arrays):
-        return Rows(*arrays, True, epoch // sizes.block_q)
-
-    def lists(slots):
-        return EpochLists(jnp.zeros(slots.shape, jnp.int32), slots, slots, epoch, carried)
-
-    if kernel == "selection":
-
-        def choose(gate, start, end):
-            return select(gate, (options.window,) * kv_heads, start, end, queries=length, blocks=sizes)
-
-        bounds = shape((1, length), jnp.int32)
-        return choose, (shape((1, kv_heads, length), jnp.float32), bounds, bounds)
-    if kernel == "forward":
-        return lambda q, *r: attend(q, make(*r), **kw), (query, *rows)
-    if kernel == "dquery":
-        return lambda q, do, s, *r: query_gradient(q, do, s, make(*r), **kw), (query, query, stats, *rows)
-    if kernel == "dkey":
-
-        def gradients(q, do, s, n, e, *r):
-            return key_gradients(q, do, s, make(*r), lists(n), e, before=False, **kw)
-
-        return gradients, (query, query, stats, slots, entries, *rows)
-    keys = shape((1, kv_heads, length, dim), jnp.bfloat16)
-    planes = shape((1, kv_heads, 16, length), jnp.bfloat16)
-    return lambda k, v, p, n, e: stream_rows(k, v, p, lists(n), e, None), (keys, keys, planes, slots, entries)
-
-
-def _splash(options: Options) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """JAX's splash attention for one kv head, blocks of 1,024 × 1,024, dense causal."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    group, dim, length = options.heads // options.kv_heads, options.head_dim, 8192
-    sizes = splash.BlockSizes(
-        block_q=1024,
-        block_kv=1024,
-        block_kv_compute=512,
-        block_q_dkv=1024,
-        block_kv_dkv=1024,
-        block_kv_dkv_compute=512,
-        block_q_dq=1024,
-        block_kv_dq=1024,
-    )
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * group)
-    attend = splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-
-    def both(query, key, value):
-        out, pull = jax.vjp(lambda *arrays: attend(*arrays), query, key, value)
-        return pull(out)
-
-    keys = jax.ShapeDtypeStruct((length, dim), jnp.bfloat16)
-    return both, (jax.ShapeDtypeStruct((group, length, dim), jnp.bfloat16), keys, keys)
 
 
 if __name__ == "__main__":
