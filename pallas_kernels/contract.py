@@ -27,8 +27,8 @@ C epoch capacity.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -93,26 +93,28 @@ class Normalizer(NamedTuple):
         return self.shift + jnp.log(self.total)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """How a kernel cuts its work; each implementation derives its own from the shape (`block_sizes`).
+    """How a kernel cuts its work; each implementation adds its own tiles and derives them from the shape
+    (`block_sizes`).
 
-    epoch: queries that share one list of keys. block_q, block_k: queries and keys of one matrix product. granule: the
-    first part of every list, and so each list, is a multiple of this many slots.
+    epoch: queries that share one list of keys. granule: the first part of every list, and so each list, is a multiple
+    of this many slots.
     """
 
     epoch: int
-    block_q: int
-    block_k: int
     granule: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epoch", "block_q", "block_k", "granule"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {size!r}")
-        if self.epoch % self.block_q:
-            raise ValueError(f"epoch must be a multiple of block_q, got {self.epoch} and {self.block_q}")
+        check_sizes(self)
+
+
+def check_sizes(sizes: Any) -> None:
+    """Raises: ValueError that names an int field of the record which is below 1, or is no int."""
+    for field in fields(sizes):
+        size = getattr(sizes, field.name)
+        if field.type in ("int", int) and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{field.name} must be an int >= 1, got {size!r}")
 
 
 @runtime_checkable

@@ -8,7 +8,6 @@ keep their XLA form, as on any CPU.
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import jax
@@ -62,8 +61,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
         plgpu.commit_smem()
         arrive(barrier)
 
-    for module in ("pallas_kernels.gpu.forward", "pallas_kernels.patterns.gpu"):
-        monkeypatch.setitem(vars(sys.modules[module]), "multiprocessors", lambda: multiprocessors)
+    monkeypatch.setattr("pallas_kernels.gpu.pipeline.multiprocessors", lambda: multiprocessors)
     monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
     monkeypatch.setattr(plgpu, "kernel", interpreted)
     monkeypatch.setattr(plgpu, "wgmma", wgmma)

@@ -12,7 +12,7 @@ from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys
 from pallas_kernels import BlockSizes
 from pallas_kernels.gpu import MOSAIC_GPU
-from pallas_kernels.gpu.config import HopperBlockSizes, block_sizes
+from pallas_kernels.gpu.config import block_sizes
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.ranked import nth_set_bit, set_bits
 from pallas_kernels.gpu.tiles import gather_rows
@@ -21,7 +21,7 @@ BATCH, HEADS = 2, 3
 
 
 def blocks_of(epoch: int) -> BlockSizes:
-    return BlockSizes(epoch=epoch, block_q=epoch, block_k=16, granule=16)
+    return BlockSizes(epoch=epoch, granule=16)
 
 
 def both_ways(windows, queries, epoch):
@@ -97,14 +97,14 @@ def test_rows_and_their_sums(queries):
     """Gathering rows and summing their gradients are each other's transposes, against loops over the lists."""
     length, dim, epoch, windows = 397, 13, 128, (67, 5, 33)
     rng = np.random.default_rng(queries)
-    sizes = HopperBlockSizes(epoch=epoch, block_q=128, block_k=128, granule=128)
+    sizes = BlockSizes(epoch=epoch, granule=128)
     gate = make_gate("random", rng, BATCH, length, HEADS)
     bounds = (jnp.zeros((BATCH, length), jnp.int32), jnp.full((BATCH, length), length, jnp.int32))
     select = jax.jit(lambda gate: MOSAIC_GPU.select(gate, windows, *bounds, queries=queries, blocks=sizes))
     intervals = select(jnp.asarray(np.moveaxis(gate, 2, 1)))
     key, value = (rng.standard_normal((BATCH, length, HEADS, dim)).astype(np.float32) for _ in range(2))
     key[1, 7, 2, 3] = np.inf
-    rows = gather_rows(*map(jnp.asarray, (key, value, gate)), intervals, queries=queries, sizes=sizes)
+    rows = gather_rows(*map(jnp.asarray, (key, value, gate)), intervals, queries=queries)
     got_key, meta, ends, index = map(np.asarray, (rows.key, rows.meta, intervals.end, intervals.lists.index))
     epochs, capacity = index.shape[2:]
     cotangent = rng.standard_normal((BATCH, epochs * capacity, HEADS, 2 * dim)).astype(np.float32)
@@ -134,6 +134,8 @@ def test_rows_and_their_sums(queries):
         (1031, 1031, 100, 128, jnp.bfloat16),
         (300, 1031, 100, 72, jnp.float16),
         (257, 257, 257, 64, jnp.bfloat16),
+        (1031, 1031, 100, 192, jnp.float16),
+        (257, 257, 257, 256, jnp.bfloat16),
     ],
 )
 def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, dtype):

@@ -21,6 +21,8 @@ INTERPRETED = {
         "float16",
     ),
     "narrow heads": ({"keys": 257, "window": 300, "gate": "holes", "dim": 40}, "float16"),
+    "heads of 192, lists": ({"keys": 601, "window": 20, "gate": "rounded", "kv_heads": 1, "dim": 192}, "bfloat16"),
+    "heads of 256, no lists": ({"keys": 201, "window": 77, "segments": "inside", "dim": 250}, "float16"),
 }
 
 

@@ -81,7 +81,7 @@ def test_every_window_and_epoch_fits(window, epoch):
 
 def test_a_window_as_long_as_the_row_needs_no_lists():
     choice = choice_of("random", "none")
-    blocks = BlockSizes(epoch=EPOCH, block_q=EPOCH, block_k=8)
+    blocks = BlockSizes(epoch=EPOCH)
     assert lay_out(choice, queries=LENGTH, window=LENGTH, blocks=blocks).lists is None
     assert lay_out(choice, queries=LENGTH, window=WINDOW, blocks=blocks).lists is not None
 

@@ -1,7 +1,8 @@
 """Mosaic GPU implementation for Hopper: TMA, warpgroup matrix products, warp specialisation."""
 
 from pallas_kernels.contract import Implementation
-from pallas_kernels.gpu.config import block_sizes, limits, unavailable, unsupported
+from pallas_kernels.gpu.config import block_sizes, limits, unsupported
+from pallas_kernels.gpu.device import unavailable
 from pallas_kernels.gpu.passes import backward, forward
 from pallas_kernels.gpu.selection import select
 

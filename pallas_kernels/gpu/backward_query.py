@@ -5,16 +5,57 @@ Per tile: weights P = exp2(S − shift)/total, dP = dO·Vᵀ, dS = P ∘ (dP −
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.config import HopperBlockSizes
-from pallas_kernels.gpu.pipeline import HALF_TILE, load_vector, produce
-from pallas_kernels.gpu.tiles import LOG2E, Rows
+from pallas_kernels.gpu.pipeline import load_vector, produce
+from pallas_kernels.gpu.scratch import HALF_TILE, PassSizes, Scratch, warp_specialized
+from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile
+
+HALF = BLOCK_Q // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryGradientSizes(PassSizes):
+    """Tiles of block_k keys. Values are needed for a shorter time than keys and may have fewer steps in flight:
+    value_stages."""
+
+    block_k: int = 128
+    value_stages: int = 2
+
+    def check(self) -> None:
+        check_key_tile(self.block_k)
+
+    @property
+    def loads_statistics(self) -> bool:
+        """Whether queries' statistics go to registers directly: wide heads leave them no room in shared memory."""
+        return self.head_dim > 128
+
+    def scratch(self, dtype: DTypeLike) -> Scratch:
+        own = plgpu.SMEM((2, HALF, self.head_dim), dtype, transforms=HALF_TILE)
+        stages = (self.stages, self.value_stages, self.value_stages)
+        return Scratch(
+            (
+                own,
+                own,
+                *(() if self.loads_statistics else (plgpu.SMEM((2, 3, HALF), jnp.float32),)),
+                plgpu.SMEM((self.stages, self.block_k, self.head_dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((self.value_stages, self.block_k, self.head_dim), dtype, transforms=HALF_TILE),
+                plgpu.SMEM((self.value_stages, 3, self.block_k), jnp.float32),
+            ),
+            (
+                plgpu.Barrier(num_barriers=4 if self.loads_statistics else 6),
+                *(plgpu.Barrier(num_barriers=n) for n in stages),
+                *(plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in stages),
+            ),
+        )
 
 
 def query_gradient(
@@ -25,19 +66,18 @@ def query_gradient(
     runs: Int32[Array, "B K 4 tiles"],
     *,
     scale: float,
-    sizes: HopperBlockSizes,
+    sizes: QueryGradientSizes,
 ) -> Float[Array, "B T H D"]:
     """dq; stats: the softmax's shift in base 2, 1/total, and Σ dout·out of every query."""
     batch, queries, heads, dim = query.shape
     group = heads // rows.key.shape[2]
-    block_q, block_k, stages = sizes.block_q, sizes.block_k, sizes.stages
-    half = block_q // 2
+    block_k = sizes.block_k
     dtype = query.dtype
-    tiles, tiles_per_epoch = queries // block_q, rows.epoch_size // block_q
+    tiles, tiles_per_epoch = queries // BLOCK_Q, rows.epoch_size // BLOCK_Q
     factor = scale * LOG2E
 
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, *, scratch):
-        (q_smem, do_smem, stats_smem, k_smem, v_smem, meta_smem), barriers = scratch
+        (q_smem, do_smem, *stats_smem, k_smem, v_smem, meta_smem), barriers = scratch
         own, k_full, v_full, meta_full, k_free, v_free, meta_free = barriers
         # The last axis of the grid runs fastest: heads that share keys together, and the long last tiles first.
         tile, item, head = tiles - 1 - lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
@@ -49,22 +89,25 @@ def query_gradient(
         @pl.when(thread < 2)
         def _consume():
             plgpu.set_max_registers(232, action="increase")
-            first = tile * block_q + thread * half
+            first = tile * BLOCK_Q + thread * HALF
             q_tile, do_tile = q_smem.at[thread], do_smem.at[thread]
-            plgpu.copy_gmem_to_smem(q_ref.at[item, pl.ds(first, half), head], q_tile, own.at[thread])
-            plgpu.copy_gmem_to_smem(do_ref.at[item, pl.ds(first, half), head], do_tile, own.at[2 + thread])
-            plgpu.copy_gmem_to_smem(
-                stats_ref.at[item, head, :, pl.ds(first, half)], stats_smem.at[thread], own.at[4 + thread]
-            )
-            for n in range(3):
+            at = pl.ds(first, HALF)
+            plgpu.copy_gmem_to_smem(q_ref.at[item, at, head], q_tile, own.at[thread])
+            plgpu.copy_gmem_to_smem(do_ref.at[item, at, head], do_tile, own.at[2 + thread])
+            for each in stats_smem:
+                plgpu.copy_gmem_to_smem(stats_ref.at[item, head, :, at], each.at[thread], own.at[4 + thread])
+            for n in range(2 + len(stats_smem)):
                 plgpu.barrier_wait(own.at[2 * n + thread])
             by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-            shift, inverse, delta = (load_vector(stats_smem.at[thread, n], by_row) for n in range(3))
-            within = lax.rem(tile, jnp.int32(tiles_per_epoch)) * block_q + thread * half
-            dquery = plgpu.layout_cast(jnp.full((half, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
+            shift, inverse, delta = (
+                load_vector(stats_smem[0].at[thread, n] if stats_smem else stats_ref.at[item, head, n, at], by_row)
+                for n in range(3)
+            )
+            within = lax.rem(tile, jnp.int32(tiles_per_epoch)) * BLOCK_Q + thread * HALF
+            dquery = plgpu.layout_cast(jnp.full((HALF, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
 
             def step(number, dquery, masked):
-                slot = lax.rem(number, jnp.int32(stages))
+                slot, value_slot = (lax.rem(number, jnp.int32(n)) for n in (sizes.stages, sizes.value_stages))
                 plgpu.barrier_wait(k_full.at[slot])
 
                 def multiply(left, right):
@@ -72,27 +115,27 @@ def query_gradient(
                         plgpu.wgmma(acc, left, right.transpose((1, 0)))
                         return acc[...]
 
-                    return pl.run_scoped(run, plgpu.ACC((half, block_k), jnp.float32))
+                    return pl.run_scoped(run, plgpu.ACC((HALF, block_k), jnp.float32))
 
                 scores = multiply(q_tile, k_smem.at[slot])
                 shape = scores.shape
-                plgpu.barrier_wait(meta_full.at[slot])
-                bias = load_vector(meta_smem.at[slot, 0], by_column)
+                plgpu.barrier_wait(meta_full.at[value_slot])
+                bias = load_vector(meta_smem.at[value_slot, 0], by_column)
                 scores = scores * factor + lax.broadcast_in_dim(bias, shape, [1])
                 scores = scores - lax.broadcast_in_dim(shift, shape, [0])
                 if masked:
-                    start, end = (load_vector(meta_smem.at[slot, n], by_column) for n in (1, 2))
+                    start, end = (load_vector(meta_smem.at[value_slot, n], by_column) for n in (1, 2))
                     position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
                     position = (position + within).astype(jnp.float32)
                     sees = (lax.broadcast_in_dim(start, shape, [1]) <= position) & (
                         position < lax.broadcast_in_dim(end, shape, [1])
                     )
                     scores = jnp.where(sees, scores, -jnp.inf)
-                plgpu.barrier_arrive(meta_free.at[slot])
+                plgpu.barrier_arrive(meta_free.at[value_slot])
                 weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [0])
-                plgpu.barrier_wait(v_full.at[slot])
-                dweights = multiply(do_tile, v_smem.at[slot])
-                plgpu.barrier_arrive(v_free.at[slot])
+                plgpu.barrier_wait(v_full.at[value_slot])
+                dweights = multiply(do_tile, v_smem.at[value_slot])
+                plgpu.barrier_arrive(v_free.at[value_slot])
                 dscores = (weights * (dweights - lax.broadcast_in_dim(delta, shape, [0]))).astype(dtype)
 
                 def add(acc):
@@ -106,7 +149,7 @@ def query_gradient(
             dquery = lax.fori_loop(whole, count, lambda n, c: step(n, c, True), dquery)
             q_tile[...] = (dquery * scale).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[item, pl.ds(first, half), head])
+            plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[item, at, head])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == 2)
@@ -121,33 +164,12 @@ def query_gradient(
                     (v_ref.at[item, at, kv_head], v_smem, v_full, v_free),
                 )
 
-            produce(count, stages, copies)
+            produce(0, count, copies)
 
-    def entry(*refs):
-        pl.run_scoped(
-            lambda *scratch: body(*refs, scratch=scratch),
-            (
-                plgpu.SMEM((2, half, dim), dtype, transforms=HALF_TILE),
-                plgpu.SMEM((2, half, dim), dtype, transforms=HALF_TILE),
-                plgpu.SMEM((2, 3, half), jnp.float32),
-                plgpu.SMEM((stages, block_k, dim), dtype, transforms=HALF_TILE),
-                plgpu.SMEM((stages, block_k, dim), dtype, transforms=HALF_TILE),
-                plgpu.SMEM((stages, 3, block_k), jnp.float32),
-            ),
-            (
-                plgpu.Barrier(num_barriers=6),
-                *(plgpu.Barrier(num_barriers=stages) for _ in range(3)),
-                *(plgpu.Barrier(num_arrivals=2, num_barriers=stages) for _ in range(3)),
-            ),
-            collective_axes="thread",
-        )
-
-    return plgpu.kernel(
-        entry,
+    return warp_specialized(
+        body,
+        sizes.scratch(dtype),
         out_type=jax.ShapeDtypeStruct(query.shape, dtype),
         grid=(tiles, batch, heads),
         grid_names=("tile", "batch", "head"),
-        num_threads=3,
-        thread_name="thread",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )(query, dout, stats, rows.key, rows.value, rows.meta, runs)

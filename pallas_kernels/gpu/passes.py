@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.contract import BlockSizes, Intervals, Normalizer
 from pallas_kernels.gpu.backward_key import key_gradients
 from pallas_kernels.gpu.backward_query import query_gradient
-from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes
+from pallas_kernels.gpu.config import HopperBlockSizes
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import attend
 from pallas_kernels.gpu.tiles import LOG2E, gather_rows, key_walks, padded_length, query_runs
@@ -25,12 +25,13 @@ def forward(
     scale: float,
     blocks: BlockSizes,
 ) -> tuple[Float[Array, "B T H D"], Normalizer]:
-    """`contract.Forward` for half precision and head sizes up to 128."""
+    """`contract.Forward` for half precision and head sizes up to 256."""
     assert isinstance(blocks, HopperBlockSizes)
     queries, dim = query.shape[1], query.shape[3]
-    query, key, value = _pad(query, queries, blocks), pad_heads(key), pad_heads(value)
-    rows = gather_rows(key, value, bias, intervals, queries=queries, sizes=blocks)
-    out, shift, total = attend(query, rows, query_runs(rows, queries, blocks), scale=scale, sizes=blocks)
+    query, key, value = _pad(query, blocks), *(pad_heads(array, blocks.head_dim) for array in (key, value))
+    rows = gather_rows(key, value, bias, intervals, queries=queries)
+    runs = query_runs(rows, queries, blocks.forward.block_k)
+    out, shift, total = attend(query, rows, runs, scale=scale, sizes=blocks.forward)
     shift, total = (jnp.moveaxis(array[..., :queries], 1, 2) for array in (shift, total))
     return out[:, :queries, :, :dim], Normalizer(shift / LOG2E, total)
 
@@ -55,14 +56,14 @@ def backward(
     delta = lax.optimization_barrier(jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1))
     total = jnp.where(normalizer.total == 0, 1, normalizer.total)
     stats = jnp.stack([jnp.moveaxis(array, 1, 2) for array in (normalizer.shift * LOG2E, 1 / total, delta)], axis=2)
-    padded = padded_length(queries, blocks)
-    stats = jnp.pad(stats, [(0, 0), (0, 0), (0, 0), (0, padded - queries)])
-    query, dout = _pad(query, queries, blocks), _pad(dout, queries, blocks)
-    padded_key, padded_value = pad_heads(key), pad_heads(value)
-    rows = gather_rows(padded_key, padded_value, bias, intervals, queries=queries, sizes=blocks)
-    runs, walks = query_runs(rows, queries, blocks), key_walks(rows, blocks)
-    dquery = query_gradient(query, dout, stats, rows, runs, scale=scale, sizes=blocks)
-    both, dbias = key_gradients(query, dout, stats, rows, walks, scale=scale, sizes=blocks)
+    stats = jnp.pad(stats, [(0, 0), (0, 0), (0, 0), (0, padded_length(queries) - queries)])
+    query, dout = _pad(query, blocks), _pad(dout, blocks)
+    padded_key, padded_value = (pad_heads(array, blocks.head_dim) for array in (key, value))
+    rows = gather_rows(padded_key, padded_value, bias, intervals, queries=queries)
+    runs = query_runs(rows, queries, blocks.query_gradient.block_k)
+    walks = key_walks(rows, blocks.key_gradient.block_k, blocks.key_gradient.block_q)
+    dquery = query_gradient(query, dout, stats, rows, runs, scale=scale, sizes=blocks.query_gradient)
+    both, dbias = key_gradients(query, dout, stats, rows, walks, scale=scale, sizes=blocks.key_gradient)
     dbias = jnp.moveaxis(dbias, 1, 2)
     if intervals.lists is None:
         dkey, dvalue = (part[:, :length] for part in jnp.split(both, 2, axis=3))
@@ -79,14 +80,14 @@ def backward(
     )
 
 
-def pad_heads(array: Float[Array, "B N H D"]) -> Float[Array, "B N H _"]:
+def pad_heads(array: Float[Array, "B N H D"], size: int) -> Float[Array, "B N H _"]:
     """Zeros up to a head size the kernels have: they add nothing to any product."""
     dim = array.shape[3]
-    size = next(size for size in HEAD_SIZES if size >= dim)
     return jnp.pad(array, [(0, 0), (0, 0), (0, 0), (0, size - dim)]) if size > dim else array
 
 
-def _pad(array: Float[Array, "B T H D"], queries: int, sizes: HopperBlockSizes) -> Float[Array, "B _ H _"]:
-    missing = padded_length(queries, sizes) - queries
-    array = pad_heads(array)
+def _pad(array: Float[Array, "B T H D"], blocks: HopperBlockSizes) -> Float[Array, "B _ H _"]:
+    queries = array.shape[1]
+    missing = padded_length(queries) - queries
+    array = pad_heads(array, blocks.head_dim)
     return jnp.pad(array, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else array

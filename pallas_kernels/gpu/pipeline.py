@@ -1,44 +1,75 @@
-"""What the three kernels have in common: how tiles lie in shared memory, and how the producer warpgroup fills it."""
+"""What the kernels have in common: pieces of work in turn, and how the producer warpgroup fills shared memory."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-HALF_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-"""Transforms of half-precision tiles, as TMA writes and warpgroup products read them."""
+from pallas_kernels.gpu.device import multiprocessors
 
 # Until JAX 0.11 `load` takes an index.
 _INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 
+def load_as(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
+    """What a reference holds, in registers of a layout."""
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=optimized)
+
+
 def load_vector(ref: Any, layout: Any) -> Any:
-    """A vector of shared memory in a reduced matrix layout, each element to the threads that hold its column."""
-    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
+    """A vector in a reduced matrix layout, each element to the threads that hold its row or column."""
+    return load_as(ref, layout, optimized=False)
+
+
+class Pieces(NamedTuple):
+    """Pieces of work, a query head and a tile of queries each, that one program a multiprocessor takes in turn."""
+
+    batch: int
+    heads: int
+    tiles: int
+
+    @property
+    def programs(self) -> int:
+        return min(self.batch * self.heads * self.tiles, multiprocessors())
+
+    def for_each(self, visit: Callable[..., Any]) -> None:
+        """visit(number among this program's pieces, key tiles of the earlier ones, item of the batch, head, tile) ->
+        its key tiles. Heads that share keys come together, the last tiles first."""
+        count, program = self.batch * self.heads * self.tiles, lax.axis_index("program")
+
+        def run(number, done):
+            number_of_all, heads = program + number * self.programs, jnp.int32(self.heads)
+            rest, head = lax.div(number_of_all, heads), lax.rem(number_of_all, heads)
+            batch = jnp.int32(self.batch)
+            return done + visit(number, done, lax.rem(rest, batch), head, self.tiles - 1 - lax.div(rest, batch))
+
+        turns = lax.div(count - program + self.programs - 1, jnp.int32(self.programs))
+        lax.fori_loop(0, turns, run, jnp.int32(0))
 
 
 def produce(
-    count: Any, stages: int, copies: Callable[[Any], Sequence[tuple[Any, Any, Any, Any]]], done: Any = 0
+    first: Any, count: Any, copies: Callable[[Any], Sequence[tuple[Any, Any, Any, Any]]], done: Any = 0
 ) -> None:
-    """Stream `count` steps through `stages` slots; a slot is written again once its consumers have freed it.
+    """Stream steps first … count − 1 through slots; a slot is written again once its consumers have freed it.
 
     copies(step): (source in global memory, shared memory [stages, …], its barriers of arrival, its barriers of
     release) of everything that a step brings. done: steps that went through the same slots before.
     """
 
-    @pl.loop(0, count)
+    @pl.loop(first, count)
     def _(number):
-        slot = lax.rem(done + number, jnp.int32(stages))
         for source, target, ready, free in copies(number):
+            stages = target.shape[0]
+            slot = lax.rem(done + number, jnp.int32(stages))
 
             @pl.when(done + number >= stages)
-            def _(free=free):
+            def _(free=free, slot=slot):
                 plgpu.barrier_wait(free.at[slot])
 
             plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])

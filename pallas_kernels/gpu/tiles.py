@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import EpochLists, Intervals
-from pallas_kernels.gpu.config import HopperBlockSizes
 from pallas_kernels.gpu.gathers import gathered
 from pallas_kernels.gpu.tree import split
 
 LOG2E = math.log2(math.e)
+BLOCK_Q = 128
+"""Queries of a tile: a warpgroup's matrix product has 64 rows, and two of them share a tile."""
+GRANULE = 128
+"""Slots that the parts of a list are multiples of: the most keys of a tile."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,15 @@ class Rows:
         return part.reshape(*part.shape[:2], self.epochs, self.capacity // size, size)
 
 
-def padded_length(queries: int, sizes: HopperBlockSizes) -> int:
+def check_key_tile(size: int) -> None:
+    """Raises: ValueError for a tile that is not whole products, or that the parts of a list are no multiples of."""
+    if size not in (64, 128):
+        raise ValueError(f"block_k must be 64 or 128, got {size}")
+
+
+def padded_length(queries: int) -> int:
     """Queries rounded up to whole tiles."""
-    return -(-queries // sizes.block_q) * sizes.block_q
+    return -(-queries // BLOCK_Q) * BLOCK_Q
 
 
 def gather_rows(
@@ -56,26 +65,25 @@ def gather_rows(
     intervals: Intervals,
     *,
     queries: int,
-    sizes: HopperBlockSizes,
 ) -> Rows:
     """The rows of every epoch's list, or all keys once in the identity layout."""
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     bias = jnp.where(finite, bias * LOG2E, jnp.nan)
     if intervals.lists is None:
         key, value = (jnp.where(finite[..., None], array, 0) for array in (key, value))
-        return _all_rows(key, value, bias, intervals, queries=queries, sizes=sizes)
+        return _all_rows(key, value, bias, intervals, queries=queries)
     return _listed_rows(key, value, bias, intervals, intervals.lists, queries=queries)
 
 
-def _all_rows(key, value, bias, intervals: Intervals, *, queries: int, sizes: HopperBlockSizes) -> Rows:
+def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
     """The identity layout: keys and values as they are, but for whole tiles."""
     length = key.shape[1]
-    epoch_size = padded_length(queries, sizes)
+    epoch_size = padded_length(queries)
     bounds = (jnp.moveaxis(array, 1, 2) - (length - queries) for array in (intervals.start, intervals.end))
     start, end = (jnp.clip(array, -1, epoch_size + 1) for array in bounds)
 
     def whole(array, fill: int):
-        missing = [(0, 0), (0, -length % sizes.block_k)] + [(0, 0)] * (array.ndim - 2)
+        missing = [(0, 0), (0, -length % GRANULE)] + [(0, 0)] * (array.ndim - 2)
         return jnp.pad(array, missing, constant_values=fill)
 
     columns = (whole(bias, 0), whole(start, epoch_size + 1), whole(end, -1))
@@ -124,18 +132,18 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
     return Rows(gather(key), gather(value), meta, epochs, capacity, lists.carried, size)
 
 
-def query_runs(rows: Rows, queries: int, sizes: HopperBlockSizes) -> Int32[Array, "B K 4 tiles"]:
-    """Which key tiles each tile of queries visits, as four numbers: tiles that all its queries see whole (visited
-    first), tiles visited of the list's first part, tiles skipped after those, tiles visited in all.
+def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 tiles"]:
+    """Which tiles of block_k keys each tile of queries visits, as four numbers: tiles that all its queries see whole
+    (visited first), tiles visited of the list's first part, tiles skipped after those, tiles visited in all.
 
     Keys carried into an epoch stand in order of falling expiry and entering ones in order of position, so both
     parts are visited from their first tile on. The identity layout has one part, which may begin late (packed
     documents) and counts whole tiles only from the row's very start.
     """
-    tiles = padded_length(queries, sizes) // sizes.block_q
-    first = jnp.arange(rows.epoch_size // sizes.block_q, dtype=jnp.float32) * sizes.block_q
-    last = first + sizes.block_q - 1
-    start, end = rows.tiled(1, sizes.block_k), rows.tiled(2, sizes.block_k)
+    tiles = padded_length(queries) // BLOCK_Q
+    first = jnp.arange(rows.epoch_size // BLOCK_Q, dtype=jnp.float32) * BLOCK_Q
+    last = first + BLOCK_Q - 1
+    start, end = rows.tiled(1, block_k), rows.tiled(2, block_k)
     earliest_start, latest_start, earliest_end, latest_end = start.min(-1), start.max(-1), end.min(-1), end.max(-1)
 
     def count(bounds, limit, side):
@@ -145,7 +153,7 @@ def query_runs(rows: Rows, queries: int, sizes: HopperBlockSizes) -> Int32[Array
         found = jax.vmap(lambda row: jnp.searchsorted(row, limit, side=side, method="compare_all"))(flat)
         return found.reshape(*bounds.shape[:-1], -1).astype(jnp.int32)
 
-    split = rows.carried // sizes.block_k
+    split = rows.carried // block_k
     if split:
         falling_latest, falling_earliest = (-array[..., :split] for array in (latest_end, earliest_end))
         whole = count(falling_earliest, -last, "left")
@@ -165,15 +173,14 @@ def query_runs(rows: Rows, queries: int, sizes: HopperBlockSizes) -> Int32[Array
     return runs.reshape(*runs.shape[:3], -1)[..., :tiles]
 
 
-def key_walks(rows: Rows, sizes: HopperBlockSizes) -> Int32[Array, "B K 4 tiles"]:
-    """Which query tiles of its epoch each tile of keys visits: the first, how many before those that see it whole,
-    how many see it whole, how many in all."""
-    size = sizes.key_block_q
-    start, end = rows.tiled(1, sizes.block_k), rows.tiled(2, sizes.block_k)
+def key_walks(rows: Rows, block_k: int, block_q: int) -> Int32[Array, "B K 4 tiles"]:
+    """Which tiles of block_q queries of its epoch each tile of keys visits: the first, how many before those that see
+    it whole, how many see it whole, how many in all."""
+    start, end = rows.tiled(1, block_k), rows.tiled(2, block_k)
     start, end = jnp.maximum(start, 0), jnp.clip(end, 0, rows.epoch_size)
-    first, until = jnp.floor(start.min(-1) / size), jnp.ceil(end.max(-1) / size)
+    first, until = jnp.floor(start.min(-1) / block_q), jnp.ceil(end.max(-1) / block_q)
     visited = jnp.maximum(until - first, 0)
-    begun, outlives = jnp.ceil(start.max(-1) / size), jnp.floor(end.min(-1) / size)
+    begun, outlives = jnp.ceil(start.max(-1) / block_q), jnp.floor(end.min(-1) / block_q)
     whole = jnp.maximum(outlives - begun, 0)
     walks = jnp.stack([first, begun - first, whole, visited], axis=2).astype(jnp.int32)
     return walks.reshape(*walks.shape[:3], -1)

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.gpu import config
-from pallas_kernels.gpu.config import multiprocessors
+from pallas_kernels.gpu.device import unavailable
 from pallas_kernels.gpu.passes import pad_heads
-from pallas_kernels.gpu.pipeline import HALF_TILE, load_vector
+from pallas_kernels.gpu.pipeline import Pieces, load_vector
+from pallas_kernels.gpu.scratch import HALF_TILE, Scratch, warp_specialized
 from pallas_kernels.gpu.softmax import Slots, attend_tiles, normalised
 from pallas_kernels.gpu.tiles import LOG2E
 from pallas_kernels.patterns import xla
@@ -26,6 +28,8 @@ from pallas_kernels.patterns.slabs import HALF, NEVER, TILE, WORDS, Visits, bias
 
 STAGES = 2
 """Tiles of keys in flight."""
+MAX_HEAD_SIZE = 128
+"""A mask is of 128 keys, and shared memory does not hold as many of wider heads."""
 
 
 def pattern_attention(
@@ -71,13 +75,14 @@ def of_one_document(
     # 0 · NaN is NaN: what is not finite moves into a bias that only the queries that see the row read.
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     bias = jnp.where(token[..., None], jnp.where(finite, 0.0, jnp.nan), -jnp.inf).astype(jnp.float32)
-    key, value = (pad_heads(whole(jnp.where(finite[..., None], array, 0))) for array in (key, value))
+    size = config.native_head_size(dim)
+    key, value = (pad_heads(whole(jnp.where(finite[..., None], array, 0)), size) for array in (key, value))
     seen = visits(patterns, length)
     meta = biases(patterns, seen, jnp.moveaxis(whole(bias, -jnp.inf), 1, 2))
     kv_head = jnp.arange(heads)[:, None] // (heads // key.shape[2])
     row = jnp.where(seen.columns == NEVER, 0, seen.columns)
     far_key, far_value = (array[:, row, kv_head] for array in (key, value))
-    out = _attend(pad_heads(whole(query)), key, value, far_key, far_value, meta, seen, scale)
+    out = _attend(pad_heads(whole(query), size), key, value, far_key, far_value, meta, seen, scale)
     return jnp.where(token[..., None, None], out[:, :queries, :, :dim], 0)
 
 
@@ -94,14 +99,8 @@ def _attend(
     batch, queries, heads, dim = query.shape
     group = heads // key.shape[2]
     dtype, tiles, near = query.dtype, queries // TILE, seen.near
-    pieces = batch * tiles * heads
-    programs = min(pieces, multiprocessors())
+    pieces = Pieces(batch, heads, tiles)
     factor = scale * LOG2E
-
-    def piece_of(number):
-        """(item of the batch, head, tile): heads that share keys together, the last tiles first."""
-        number, head = lax.div(number, jnp.int32(heads)), lax.rem(number, jnp.int32(heads))
-        return lax.rem(number, jnp.int32(batch)), head, tiles - 1 - lax.div(number, jnp.int32(batch))
 
     def body(
         q_ref, k_ref, v_ref, far_k_ref, far_v_ref, meta_ref, masks_ref, back_ref, runs_ref, out_ref, *, scratch
@@ -109,16 +108,7 @@ def _attend(
         (q_smem, k_smem, v_smem, meta_smem, mask_smem), barriers = scratch
         k_full, v_full, meta_full, k_free, v_free, meta_free, q_full, q_free, turn = barriers
         slots = Slots(k_smem, v_smem, k_full, v_full, meta_full, k_free, v_free, meta_free, turn)
-        program, thread = lax.axis_index("program"), lax.axis_index("thread")
-
-        def for_each_piece(visit):
-            """visit(number among this program's pieces, tiles of the earlier ones, piece) -> its tiles of keys."""
-
-            def run(number, done):
-                item, head, tile = piece_of(program + number * programs)
-                return done + visit(number, done, item, head, tile)
-
-            lax.fori_loop(0, lax.div(pieces - program + programs - 1, jnp.int32(programs)), run, jnp.int32(0))
+        thread = lax.axis_index("thread")
 
         def consume(piece, done, item, head, tile):
             whole, _, _, masked, count = (runs_ref[head, n, tile] for n in range(5))
@@ -220,52 +210,52 @@ def _attend(
         @pl.when(thread < 2)
         def _consumers():
             plgpu.set_max_registers(232, action="increase")
-            for_each_piece(consume)
+            pieces.for_each(consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == 2)
         def _producer():
             plgpu.set_max_registers(40, action="decrease")
-            for_each_piece(load)
+            pieces.for_each(load)
 
-    def entry(*refs):
-        pl.run_scoped(
-            lambda *scratch: body(*refs, scratch=scratch),
-            (
-                plgpu.SMEM((4, HALF, dim), dtype, transforms=HALF_TILE),
-                plgpu.SMEM((STAGES, TILE, dim), dtype, transforms=HALF_TILE),
-                plgpu.SMEM((STAGES, TILE, dim), dtype, transforms=HALF_TILE),
-                plgpu.SMEM((STAGES, 2, TILE), jnp.float32),
-                plgpu.SMEM((STAGES, 2, WORDS, HALF), jnp.int32),
-            ),
-            (
-                plgpu.Barrier(num_barriers=STAGES),
-                plgpu.Barrier(num_barriers=STAGES),
-                plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-                *(plgpu.Barrier(num_arrivals=2, num_barriers=STAGES) for _ in range(3)),
-                plgpu.Barrier(num_barriers=4),
-                plgpu.Barrier(num_barriers=4),
-                plgpu.Barrier(num_arrivals=2),
-            ),
-            collective_axes="thread",
-        )
-
-    return plgpu.kernel(
-        entry,
+    return warp_specialized(
+        body,
+        _scratch(dim, dtype),
         out_type=jax.ShapeDtypeStruct(query.shape, dtype),
-        grid=(programs,),
+        grid=(pieces.programs,),
         grid_names=("program",),
-        num_threads=3,
-        thread_name="thread",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )(query, key, value, far_key, far_value, meta, seen.masks, seen.back, seen.runs)
+
+
+def _scratch(dim: int, dtype: DTypeLike) -> Scratch:
+    keys = plgpu.SMEM((STAGES, TILE, dim), dtype, transforms=HALF_TILE)
+    return Scratch(
+        (
+            plgpu.SMEM((4, HALF, dim), dtype, transforms=HALF_TILE),
+            keys,
+            keys,
+            plgpu.SMEM((STAGES, 2, TILE), jnp.float32),
+            plgpu.SMEM((STAGES, 2, WORDS, HALF), jnp.int32),
+        ),
+        (
+            plgpu.Barrier(num_barriers=STAGES),
+            plgpu.Barrier(num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            *(plgpu.Barrier(num_arrivals=2, num_barriers=STAGES) for _ in range(3)),
+            plgpu.Barrier(num_barriers=4),
+            plgpu.Barrier(num_barriers=4),
+            plgpu.Barrier(num_arrivals=2),
+        ),
+    )
 
 
 def unsupported(query: Array, key: Array, kept: Kept | None) -> str | None:
     """None for whole sequences in half precision; else what is out of range."""
     if kept is not None or query.shape[1] != key.shape[1]:
         return "it attends within whole sequences, not to a cache"
+    if query.shape[3] > MAX_HEAD_SIZE:
+        return f"it takes head sizes up to {MAX_HEAD_SIZE}, not {query.shape[3]}"
     return config.unsupported(query.dtype, query.shape[3])
 
 
-MOSAIC_GPU = Implementation("mosaic_gpu", pattern_attention, config.unavailable, unsupported)
+MOSAIC_GPU = Implementation("mosaic_gpu", pattern_attention, unavailable, unsupported)

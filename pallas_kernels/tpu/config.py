@@ -35,7 +35,7 @@ _interpreted: ContextVar[Any] = ContextVar("interpreted", default=False)
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TpuBlockSizes(BlockSizes):
     """Tiles of block_q positions, all query heads of a group together, by block_k keys.
 
@@ -43,12 +43,16 @@ class TpuBlockSizes(BlockSizes):
     heads × positions that a tile may have. Larger groups take shorter tiles, and then stand apart.
     """
 
+    block_q: int
+    block_k: int
     wide: int = 512
     chunk: int = 2048
     rows: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.epoch % self.block_q:
+            raise ValueError(f"epoch must be a multiple of block_q, got {self.epoch} and {self.block_q}")
         if self.block_k != LANES:
             raise ValueError(f"block_k must be {LANES}, the lanes of a register, got {self.block_k}")
         units = {"block_q": LANES, "rows": LANES, "wide": 2 * LANES, "granule": self.wide, "chunk": self.wide}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.contract import BlockSizes, Intervals
+from pallas_kernels.xla.config import XlaBlockSizes
 
 
 class Rows(NamedTuple):
@@ -81,7 +82,7 @@ class _Blocks:
 class ListBlocks(_Blocks):
     """Blocks of an epoch's gathered list."""
 
-    def __init__(self, key, value, bias, intervals: Intervals, blocks: BlockSizes):
+    def __init__(self, key, value, bias, intervals: Intervals, blocks: XlaBlockSizes):
         assert intervals.lists is not None
         self.lists = intervals.lists
         super().__init__(key, value, bias, intervals, self.lists.index.shape[-1], blocks.block_k)
@@ -107,7 +108,7 @@ class ListBlocks(_Blocks):
 class IdentityBlocks(_Blocks):
     """Blocks of all keys in their own order."""
 
-    def __init__(self, key, value, bias, intervals: Intervals, blocks: BlockSizes):
+    def __init__(self, key, value, bias, intervals: Intervals, blocks: XlaBlockSizes):
         super().__init__(key, value, bias, intervals, key.shape[1], blocks.block_k)
         # Bounds of each block over all its rows that are ever visible, so that blocks are skipped unread.
         alive = intervals.start < intervals.end
@@ -136,5 +137,6 @@ class IdentityBlocks(_Blocks):
 
 def key_blocks(key, value, bias, intervals: Intervals, blocks: BlockSizes) -> ListBlocks | IdentityBlocks:
     """The blocks of whichever layout `intervals` has."""
+    assert isinstance(blocks, XlaBlockSizes)
     kind = IdentityBlocks if intervals.lists is None else ListBlocks
     return kind(key, value, bias, intervals, blocks)
