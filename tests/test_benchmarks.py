@@ -150,3 +150,36 @@ def test_the_command_finds_benchmarks(capsys):
     assert "train_step" in capsys.readouterr().out
     assert cli.main(["bench", "atention"]) == 2
     assert "did you mean attention" in capsys.readouterr().err
+
+
+def test_tuning_tries_every_size_that_fits():
+    from benchmarks import tune
+    from pallas_kernels.gpu.config import HEAD_SIZES, block_sizes
+
+    for head_dim in HEAD_SIZES:
+        blocks = block_sizes(4096, 4096, 512, head_dim, "bfloat16")
+        for name in tune.FIELDS:
+            default = getattr(blocks, name)
+            found = list(tune.candidates(name, default))
+            assert found[0] == default
+            assert len(set(found)) == len(found)
+            # Small heads leave room for choices; at 256 what fits is nearly all that there is.
+            assert len(found) >= (4 if head_dim == 64 else 1)
+            assert {sizes.head_dim for sizes in found} == {head_dim}
+
+
+def test_tuning_says_what_it_needs(capsys):
+    from benchmarks import tune
+
+    with pytest.raises(SystemExit, match="nothing to tune here: it needs an NVIDIA Hopper GPU"):
+        tune.main(tune.Options())
+    for wrong, reason in (
+        ({"head_dim": 257}, "head_dim 257 has no tiles to tune: it takes head sizes up to 256"),
+        ({"length": 200}, "length must be a multiple of 128, got 200"),
+        ({"heads": 5, "kv_heads": 3}, "heads must be a multiple of kv_heads, got 5 and 3"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            tune.Options(**wrong)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "tune", "--help"])
+    assert "faster by more than the repeats differ" in " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -11,11 +11,15 @@ from dmattn_jax.documents import document_bounds
 from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys
 from pallas_kernels import BlockSizes
-from pallas_kernels.gpu import MOSAIC_GPU
-from pallas_kernels.gpu.config import block_sizes
+from pallas_kernels.gpu import MOSAIC_GPU, scratch
+from pallas_kernels.gpu.backward_key import KeyGradientSizes
+from pallas_kernels.gpu.backward_query import QueryGradientSizes
+from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes, block_sizes, native_head_size, unsupported
+from pallas_kernels.gpu.device import SHARED_MEMORY
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
+from pallas_kernels.gpu.forward import ForwardSizes, attend
 from pallas_kernels.gpu.ranked import nth_set_bit, set_bits
-from pallas_kernels.gpu.tiles import gather_rows
+from pallas_kernels.gpu.tiles import Rows, gather_rows
 
 BATCH, HEADS = 2, 3
 
@@ -162,3 +166,67 @@ def test_epochs_are_powers_of_two():
         epoch = block_sizes(100_000, 100_000, window, 128, jnp.bfloat16).epoch
         assert epoch & (epoch - 1) == 0
         assert min(window, 4096) <= epoch <= max(512, 2 * window)
+
+
+@pytest.mark.parametrize(("head_dim", "native"), [(1, 64), (64, 64), (96, 128), (129, 192), (192, 192), (250, 256)])
+def test_sizes_of_every_head_size(head_dim, native):
+    """Heads are padded to the next size that there are kernels for, and every pass has tiles that fit."""
+    sizes = block_sizes(4096, 4096, 512, head_dim, jnp.bfloat16)
+    assert sizes.head_dim == native == native_head_size(head_dim)
+    assert unsupported(jnp.dtype("float16"), head_dim) is None
+    for each in (sizes.forward, sizes.query_gradient, sizes.key_gradient):
+        assert each.scratch(jnp.float16).size <= SHARED_MEMORY
+        assert sizes.granule % each.block_k == 0
+
+
+def test_sizes_that_no_kernel_has_are_refused():
+    assert "head sizes up to 256, not 257" in unsupported(jnp.dtype("bfloat16"), HEAD_SIZES[-1] + 1)
+    for make, reason in (
+        (lambda: ForwardSizes(head_dim=96), "head_dim must be a multiple of 64 up to 256, got 96"),
+        (lambda: ForwardSizes(head_dim=64, stages=1), "stages must be >= 2, got 1"),
+        (lambda: ForwardSizes(head_dim=64, block_k=96), "block_k must be 64 or 128, got 96"),
+        (lambda: ForwardSizes(head_dim=64, query_buffers=3), "query_buffers must be 1 or 2, got 3"),
+        (lambda: ForwardSizes(head_dim=256, block_k=64), r"query_buffers=2\) takes 265,\d+ bytes of shared memory"),
+        (lambda: QueryGradientSizes(head_dim=128, value_stages=0), "value_stages must be an int >= 1, got 0"),
+        (lambda: QueryGradientSizes(head_dim=256, block_k=64), r"a thread block has 232,448: take fewer stages"),
+        (lambda: KeyGradientSizes(head_dim=192, block_q=128), "block_q must be 64, or 128 up to head size 128"),
+        (lambda: KeyGradientSizes(head_dim=256, stages=3), "stages=3, block_q=64.* bytes of shared memory"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            make()
+    passes = {
+        "forward": ForwardSizes(head_dim=64),
+        "query_gradient": QueryGradientSizes(head_dim=64),
+        "key_gradient": KeyGradientSizes(head_dim=64),
+    }
+    for changes, reason in (
+        ({"epoch": 192}, "epoch must be a multiple of 128, got 192"),
+        ({"granule": 64}, "granule must be a multiple of 128, got 64"),
+        ({"key_gradient": KeyGradientSizes(head_dim=128)}, r"head_dim must be the same in every pass, got \[64, 128\]"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            HopperBlockSizes(**{"epoch": 512, **passes, **changes})
+
+
+def test_shared_memory_is_counted_as_the_compiler_counts_it(monkeypatch):
+    """The most stages that the sizes allow become a program, and one more does not."""
+
+    def lower(sizes):
+        shape = jax.ShapeDtypeStruct
+        query, key = shape((1, 128, 2, 64), jnp.bfloat16), shape((1, 256, 1, 64), jnp.bfloat16)
+        meta, runs = shape((1, 1, 3, 256), jnp.float32), shape((1, 1, 4, 1), jnp.int32)
+
+        def run(query, key, meta, runs):
+            return attend(query, Rows(key, key, meta, 1, 256, 0, 128), runs, scale=1.0, sizes=sizes)
+
+        jax.jit(run).trace(query, key, meta, runs).lower(lowering_platforms=("cuda",))
+
+    stages = 2
+    with pytest.raises(ValueError, match="shared memory"):  # noqa: PT012
+        while True:
+            ForwardSizes(head_dim=64, stages=stages + 1)
+            stages += 1
+    lower(ForwardSizes(head_dim=64, stages=stages))
+    monkeypatch.setattr(scratch, "SHARED_MEMORY", 2 * SHARED_MEMORY)
+    with pytest.raises(ValueError, match=r"smem_bytes|shared memory"):
+        lower(ForwardSizes(head_dim=64, stages=stages + 1))

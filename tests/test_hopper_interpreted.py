@@ -3,6 +3,8 @@
 NPROC=32 python -m pytest -m slow -n 0 tests/test_hopper_interpreted.py
 """
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,11 @@ from gpu_interpreter import AVAILABLE, interpret
 from reference import EACH, RATIO, assert_close, make_case, residue, rms_ratio, rounded, run, truth
 from test_pattern_hopper import HEADS, KV_HEADS, make_patterns, visible
 
+from benchmarks import tune
+from pallas_kernels.gpu.backward_key import KeyGradientSizes
+from pallas_kernels.gpu.backward_query import QueryGradientSizes
+from pallas_kernels.gpu.config import block_sizes
+from pallas_kernels.gpu.forward import ForwardSizes
 from pallas_kernels.patterns.gpu import of_one_document
 
 pytestmark = pytest.mark.slow
@@ -37,10 +44,10 @@ def test_kernels_without_races_under_the_interpreter(monkeypatch, name):
     assert_close(got, truth(case), ratio=RATIO[dtype], each=EACH[dtype], zero=residue(case, dtype))
 
 
-@pytest.mark.parametrize("place", ("key", "value") if AVAILABLE else ())
-def test_nan_under_a_mask_stays_there_under_the_interpreter(monkeypatch, place):
+@pytest.mark.parametrize(("place", "dim"), [("key", 64), ("value", 64), ("value", 256)] if AVAILABLE else ())
+def test_nan_under_a_mask_stays_there_under_the_interpreter(monkeypatch, place, dim):
     """A key that no query ever sees may hold anything."""
-    case = rounded(make_case(batch=1, keys=211, kv_heads=1, dim=64, window=37, segments="packed"), "bfloat16")
+    case = rounded(make_case(batch=1, keys=211, kv_heads=1, dim=dim, window=37, segments="packed"), "bfloat16")
     case.gate[0, 100] = -np.inf
     interpret(monkeypatch)
     without = run(case, "bfloat16", implementation="mosaic_gpu")
@@ -49,6 +56,38 @@ def test_nan_under_a_mask_stays_there_under_the_interpreter(monkeypatch, place):
     for left, right in zip(got, without, strict=True):
         assert np.isfinite(np.asarray(left, np.float32)).all()
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("dim", (64, 192) if AVAILABLE else ())
+def test_nan_of_one_document_under_the_interpreter(monkeypatch, dim):
+    """A key that is NaN, and seen, leaves the document before it alone, whose queries share its tiles."""
+    case = rounded(make_case(batch=1, keys=149, kv_heads=1, group=1, dim=dim, window=200), "bfloat16")
+    case = replace(case, segment_ids=np.where(np.arange(149) < 83, 1, 2)[None].astype(np.int32))
+    interpret(monkeypatch)
+    without = run(case, "bfloat16", implementation="mosaic_gpu")
+    case.key[0, 100] = np.nan
+    got = run(case, "bfloat16", implementation="mosaic_gpu")
+    for left, right in zip(got, without, strict=True):
+        assert np.isfinite(np.asarray(right, np.float32)).all()
+        np.testing.assert_array_equal(left[:, :83], right[:, :83])
+    assert np.isnan(np.asarray(got[0][0, 100:], np.float32)).all()
+
+
+@pytest.mark.parametrize("name", ("forward", "query_gradient", "key_gradient") if AVAILABLE else ())
+def test_other_tiles_without_races_under_the_interpreter(monkeypatch, name):
+    """Sizes that only tuning takes, as it checks them."""
+    blocks = block_sizes(131, 131, 37, 64, "float16")
+    tried = replace(
+        blocks,
+        forward=ForwardSizes(head_dim=64, block_k=64, stages=3, query_buffers=1),
+        query_gradient=QueryGradientSizes(head_dim=64, block_k=64, stages=3, value_stages=1),
+        key_gradient=KeyGradientSizes(head_dim=64, block_q=128, stages=3),
+    )
+    interpret(monkeypatch)
+    monkeypatch.setattr(tune, "CHECKED_LENGTH", 131)
+    monkeypatch.setattr(tune, "CHECKED_WINDOW", 37)
+    options = tune.Options(head_dim=64, heads=2, kv_heads=1, dtype="float16")
+    assert tune.error_of(name, replace(blocks, **{name: getattr(tried, name)}), options) <= tune.BAR["float16"]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gpu.config import HEAD_SIZES
 from pallas_kernels.patterns import Patterns, Places, pattern_attention
-from pallas_kernels.patterns.gpu import MOSAIC_GPU, of_one_document, unsupported
+from pallas_kernels.patterns.gpu import MAX_HEAD_SIZE, MOSAIC_GPU, of_one_document, unsupported
 from pallas_kernels.patterns.slabs import HALF, NEVER, TILE, WORDS, biases, visits
 
 BATCH, HEADS, KV_HEADS = 2, 6, 3
@@ -158,6 +157,6 @@ def test_what_it_does_not_take_is_said(monkeypatch):
         attend(implementation="cuda")
     half = query.astype(jnp.bfloat16)
     assert "not to a cache" in unsupported(half[:, :3], key, None)
-    wide = jnp.zeros((1, 16, HEADS, HEAD_SIZES[-1] + 8), jnp.bfloat16)
+    wide = jnp.zeros((1, 16, HEADS, MAX_HEAD_SIZE + 8), jnp.bfloat16)
     assert "head sizes up to 128, not 136" in unsupported(wide, wide, None)
     assert unsupported(half, key.astype(jnp.bfloat16), None) is None

@@ -268,6 +268,7 @@ BENCHMARKS = {
     "dam": "prompts through masks of a frozen model against dense attention",
     "generation": "tokens per second and memory at long contexts",
     "train_step": "whole training steps against dense attention",
+    "tune": "tiles of the Hopper kernels for one shape, by trying all that fit",
 }
 
 

@@ -106,6 +106,12 @@ def query_gradient(
             within = lax.rem(tile, jnp.int32(tiles_per_epoch)) * BLOCK_Q + thread * HALF
             dquery = plgpu.layout_cast(jnp.full((HALF, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
 
+            def own_half(ref, number):
+                """A consumer's half of the tile. Of wide heads its place depends, as far as the compiler knows, on the
+                step: else it computes the descriptors of all products before the loop, and keeps them in 64 registers.
+                """
+                return ref.at[thread + lax.shift_right_logical(number, 30) if dim > 128 else thread]
+
             def step(number, dquery, masked):
                 slot, value_slot = (lax.rem(number, jnp.int32(n)) for n in (sizes.stages, sizes.value_stages))
                 plgpu.barrier_wait(k_full.at[slot])
@@ -117,7 +123,7 @@ def query_gradient(
 
                     return pl.run_scoped(run, plgpu.ACC((HALF, block_k), jnp.float32))
 
-                scores = multiply(q_tile, k_smem.at[slot])
+                scores = multiply(own_half(q_smem, number), k_smem.at[slot])
                 shape = scores.shape
                 plgpu.barrier_wait(meta_full.at[value_slot])
                 bias = load_vector(meta_smem.at[value_slot, 0], by_column)
@@ -134,7 +140,7 @@ def query_gradient(
                 plgpu.barrier_arrive(meta_free.at[value_slot])
                 weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [0])
                 plgpu.barrier_wait(v_full.at[value_slot])
-                dweights = multiply(do_tile, v_smem.at[value_slot])
+                dweights = multiply(own_half(do_smem, number), v_smem.at[value_slot])
                 plgpu.barrier_arrive(v_free.at[value_slot])
                 dscores = (weights * (dweights - lax.broadcast_in_dim(delta, shape, [0]))).astype(dtype)
 

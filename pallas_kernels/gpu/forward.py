@@ -83,7 +83,7 @@ def attend(
         (q_smem, k_smem, v_smem, meta_smem, stat_smem), barriers = scratch
         k_full, v_full, meta_full, k_free, v_free, meta_free, q_full, q_free, turn = barriers
         slots = Slots(k_smem, v_smem, k_full, v_full, meta_full, k_free, v_free, meta_free, turn)
-        thread = lax.axis_index("thread")
+        program, thread = lax.axis_index("program"), lax.axis_index("thread")
 
         def runs_of(item, head, tile):
             kv_head = lax.div(head, jnp.int32(group))
@@ -161,13 +161,13 @@ def attend(
         @pl.when(thread < 2)
         def _consumers():
             plgpu.set_max_registers(232, action="increase")
-            pieces.for_each(consume)
+            pieces.for_each(program, consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == 2)
         def _producer():
             plgpu.set_max_registers(40, action="decrease")
-            pieces.for_each(load)
+            pieces.for_each(program, load)
 
     stat = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
     return warp_specialized(

@@ -28,7 +28,8 @@ def forward(
     """`contract.Forward` for half precision and head sizes up to 256."""
     assert isinstance(blocks, HopperBlockSizes)
     queries, dim = query.shape[1], query.shape[3]
-    query, key, value = _pad(query, blocks), *(pad_heads(array, blocks.head_dim) for array in (key, value))
+    query = _pad(query, blocks)
+    key, value = (pad_heads(array, blocks.head_dim) for array in (key, value))
     rows = gather_rows(key, value, bias, intervals, queries=queries)
     runs = query_runs(rows, queries, blocks.forward.block_k)
     out, shift, total = attend(query, rows, runs, scale=scale, sizes=blocks.forward)
@@ -52,11 +53,7 @@ def backward(
     """`contract.Backward`; lists are gathered again rather than kept."""
     assert isinstance(blocks, HopperBlockSizes)
     queries, length, dim = query.shape[1], key.shape[1], query.shape[3]
-    # Apart from the rest, or the compiler would read both arrays once for each of the three rows that it belongs to.
-    delta = lax.optimization_barrier(jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1))
-    total = jnp.where(normalizer.total == 0, 1, normalizer.total)
-    stats = jnp.stack([jnp.moveaxis(array, 1, 2) for array in (normalizer.shift * LOG2E, 1 / total, delta)], axis=2)
-    stats = jnp.pad(stats, [(0, 0), (0, 0), (0, 0), (0, padded_length(queries) - queries)])
+    stats = statistics(out, normalizer, dout)
     query, dout = _pad(query, blocks), _pad(dout, blocks)
     padded_key, padded_value = (pad_heads(array, blocks.head_dim) for array in (key, value))
     rows = gather_rows(padded_key, padded_value, bias, intervals, queries=queries)
@@ -78,6 +75,18 @@ def backward(
         dvalue[..., :dim].astype(value.dtype),
         dbias.astype(bias.dtype),
     )
+
+
+def statistics(
+    out: Float[Array, "B T H D"], normalizer: Normalizer, dout: Float[Array, "B T H D"]
+) -> Float[Array, "B H 3 _"]:
+    """What the backward kernels know of each query: the softmax's shift in base 2, 1/total, and Σ dout·out."""
+    # Apart from the rest, or the compiler would read both arrays once for each of the three rows that it belongs to.
+    delta = lax.optimization_barrier(jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1))
+    total = jnp.where(normalizer.total == 0, 1, normalizer.total)
+    stats = jnp.stack([jnp.moveaxis(array, 1, 2) for array in (normalizer.shift * LOG2E, 1 / total, delta)], axis=2)
+    queries = out.shape[1]
+    return jnp.pad(stats, [(0, 0), (0, 0), (0, 0), (0, padded_length(queries) - queries)])
 
 
 def pad_heads(array: Float[Array, "B N H D"], size: int) -> Float[Array, "B N H _"]:

@@ -38,10 +38,10 @@ class Pieces(NamedTuple):
     def programs(self) -> int:
         return min(self.batch * self.heads * self.tiles, multiprocessors())
 
-    def for_each(self, visit: Callable[..., Any]) -> None:
-        """visit(number among this program's pieces, key tiles of the earlier ones, item of the batch, head, tile) ->
+    def for_each(self, program: Any, visit: Callable[..., Any]) -> None:
+        """visit(number among the program's pieces, key tiles of the earlier ones, item of the batch, head, tile) ->
         its key tiles. Heads that share keys come together, the last tiles first."""
-        count, program = self.batch * self.heads * self.tiles, lax.axis_index("program")
+        count = self.batch * self.heads * self.tiles
 
         def run(number, done):
             number_of_all, heads = program + number * self.programs, jnp.int32(self.heads)

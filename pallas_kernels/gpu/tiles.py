@@ -47,6 +47,11 @@ class Rows:
         return part.reshape(*part.shape[:2], self.epochs, self.capacity // size, size)
 
 
+jax.tree_util.register_dataclass(
+    Rows, data_fields=["key", "value", "meta"], meta_fields=["epochs", "capacity", "carried", "epoch_size"]
+)
+
+
 def check_key_tile(size: int) -> None:
     """Raises: ValueError for a tile that is not whole products, or that the parts of a list are no multiples of."""
     if size not in (64, 128):

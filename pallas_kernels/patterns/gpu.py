@@ -108,7 +108,7 @@ def _attend(
         (q_smem, k_smem, v_smem, meta_smem, mask_smem), barriers = scratch
         k_full, v_full, meta_full, k_free, v_free, meta_free, q_full, q_free, turn = barriers
         slots = Slots(k_smem, v_smem, k_full, v_full, meta_full, k_free, v_free, meta_free, turn)
-        thread = lax.axis_index("thread")
+        program, thread = lax.axis_index("program"), lax.axis_index("thread")
 
         def consume(piece, done, item, head, tile):
             whole, _, _, masked, count = (runs_ref[head, n, tile] for n in range(5))
@@ -210,13 +210,13 @@ def _attend(
         @pl.when(thread < 2)
         def _consumers():
             plgpu.set_max_registers(232, action="increase")
-            pieces.for_each(consume)
+            pieces.for_each(program, consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == 2)
         def _producer():
             plgpu.set_max_registers(40, action="decrease")
-            pieces.for_each(load)
+            pieces.for_each(program, load)
 
     return warp_specialized(
         body,
