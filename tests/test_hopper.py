@@ -12,8 +12,8 @@ from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys
 from pallas_kernels import BlockSizes
 from pallas_kernels.gpu import MOSAIC_GPU, scratch
-from pallas_kernels.gpu.backward_key import KeyGradientSizes
-from pallas_kernels.gpu.backward_query import QueryGradientSizes
+from pallas_kernels.gpu.backward_key import KeyGradientSizes, key_gradients
+from pallas_kernels.gpu.backward_query import QueryGradientSizes, query_gradient
 from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes, block_sizes, native_head_size, unsupported
 from pallas_kernels.gpu.device import SHARED_MEMORY
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
@@ -186,7 +186,7 @@ def test_sizes_that_no_kernel_has_are_refused():
         (lambda: ForwardSizes(head_dim=64, stages=1), "stages must be >= 2, got 1"),
         (lambda: ForwardSizes(head_dim=64, block_k=96), "block_k must be 64 or 128, got 96"),
         (lambda: ForwardSizes(head_dim=64, query_buffers=3), "query_buffers must be 1 or 2, got 3"),
-        (lambda: ForwardSizes(head_dim=256, block_k=64), r"query_buffers=2\) takes 265,\d+ bytes of shared memory"),
+        (lambda: ForwardSizes(head_dim=256, block_k=64), r"query_buffers=2\) takes 267,\d+ bytes of shared memory"),
         (lambda: QueryGradientSizes(head_dim=128, value_stages=0), "value_stages must be an int >= 1, got 0"),
         (lambda: QueryGradientSizes(head_dim=256, block_k=64), r"a thread block has 232,448: take fewer stages"),
         (lambda: KeyGradientSizes(head_dim=192, block_q=128), "block_q must be 64, or 128 up to head size 128"),
@@ -209,24 +209,22 @@ def test_sizes_that_no_kernel_has_are_refused():
 
 
 def test_shared_memory_is_counted_as_the_compiler_counts_it(monkeypatch):
-    """The most stages that the sizes allow become a program, and one more does not."""
-
-    def lower(sizes):
-        shape = jax.ShapeDtypeStruct
-        query, key = shape((1, 128, 2, 64), jnp.bfloat16), shape((1, 256, 1, 64), jnp.bfloat16)
-        meta, runs = shape((1, 1, 3, 256), jnp.float32), shape((1, 1, 4, 1), jnp.int32)
-
-        def run(query, key, meta, runs):
-            return attend(query, Rows(key, key, meta, 1, 256, 0, 128), runs, scale=1.0, sizes=sizes)
-
-        jax.jit(run).trace(query, key, meta, runs).lower(lowering_platforms=("cuda",))
-
-    stages = 2
-    with pytest.raises(ValueError, match="shared memory"):  # noqa: PT012
-        while True:
-            ForwardSizes(head_dim=64, stages=stages + 1)
-            stages += 1
-    lower(ForwardSizes(head_dim=64, stages=stages))
+    """The compiler says how much a program takes that does not fit."""
+    shape = jax.ShapeDtypeStruct
+    query, key = shape((1, 128, 2, 256), jnp.bfloat16), shape((1, 256, 1, 256), jnp.bfloat16)
+    meta, stats = shape((1, 1, 3, 256), jnp.float32), shape((1, 2, 3, 128), jnp.float32)
+    visits = shape((1, 1, 4, 4), jnp.int32)
     monkeypatch.setattr(scratch, "SHARED_MEMORY", 2 * SHARED_MEMORY)
-    with pytest.raises(ValueError, match=r"smem_bytes|shared memory"):
-        lower(ForwardSizes(head_dim=64, stages=stages + 1))
+    for kernel, sizes, arguments in (
+        (attend, ForwardSizes(head_dim=256, block_k=64), ()),
+        (query_gradient, QueryGradientSizes(head_dim=256, block_k=64), (query, stats)),
+        (key_gradients, KeyGradientSizes(head_dim=256, stages=3), (query, stats)),
+    ):
+        assert sizes.scratch(jnp.bfloat16).size > SHARED_MEMORY
+
+        def run(query, key, meta, visits, *more, kernel=kernel, sizes=sizes):
+            rows = Rows(key, key, meta, 1, 256, 0, 128)
+            return kernel(query, *more, rows, visits, scale=1.0, sizes=sizes)
+
+        with pytest.raises(ValueError, match=rf"smem_bytes={sizes.scratch(jnp.bfloat16).size} "):
+            jax.jit(run).trace(query, key, meta, visits, *arguments).lower(lowering_platforms=("cuda",))

@@ -25,9 +25,9 @@ class MultiHeadLatentAttention(nnx.Module):
     RMS-normed over all D + D/2 numbers before the rotation, as the heads of the other variants are.
 
     The cache holds c and x W_r: C + D/2 numbers a token, whatever the number of heads; decoding expands it.
-    Values are padded to the keys' size, so this runs through `causal_attention`: up to D + D/2 = 256 (192 as published)
-    cuDNN takes it on Hopper and the Hopper kernels its packed rows; before Hopper cuDNN takes it up to 128, and the rest
-    is portable XLA. No path holds T×T logits.
+    Values are padded to the keys' size, so this runs through `causal_attention`: on Hopper, cuDNN takes it up to
+    D + D/2 = 256 (published: 192) and the Hopper kernels its packed rows; before Hopper cuDNN takes it up to 128, and
+    the rest is portable XLA. No path holds T×T logits.
     """
 
     def __init__(

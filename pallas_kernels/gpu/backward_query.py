@@ -55,6 +55,7 @@ class QueryGradientSizes(PassSizes):
                 *(plgpu.Barrier(num_barriers=n) for n in stages),
                 *(plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in stages),
             ),
+            reduces=False,
         )
 
 

@@ -26,18 +26,24 @@ _ALIGNMENT = 1024
 _BARRIER = 8
 
 
+_PARAMETERS = plgpu.CompilerParams(approx_math=True)
+
+
 class Scratch(NamedTuple):
-    """Buffers and barriers, in the order in which the kernel's body takes them."""
+    """Buffers and barriers, in the order in which the kernel's body takes them. reduces: whether it sums over an axis
+    or takes a maximum, for which the compiler sets memory aside."""
 
     buffers: tuple[Any, ...]
     barriers: tuple[Any, ...]
+    reduces: bool
 
     @property
     def size(self) -> int:
         """Bytes of shared memory."""
         sizes = (math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in self.buffers)
         barriers = sum(int(np.prod(barrier.num_barriers)) for barrier in self.barriers)
-        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes) + barriers * _BARRIER
+        aside = _PARAMETERS.reduction_scratch_bytes if self.reduces else 0
+        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes) + aside + barriers * _BARRIER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,6 @@ def warp_specialized(body: Callable[..., None], scratch: Scratch, **options: Any
         entry,
         num_threads=3,
         thread_name="thread",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=_PARAMETERS,
         **options,
     )

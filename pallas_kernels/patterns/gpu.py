@@ -246,6 +246,7 @@ def _scratch(dim: int, dtype: DTypeLike) -> Scratch:
             plgpu.Barrier(num_barriers=4),
             plgpu.Barrier(num_arrivals=2),
         ),
+        reduces=True,
     )
 
 
