@@ -18,10 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dmattn_jax.validation import check_window
+from pallas_kernels.decoding import EMPTY, Slots
+from pallas_kernels.decoding.xla import insert
 from pallas_kernels.order import sortable
-
-EMPTY = -1
-"""The position of a slot that holds nothing."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +28,8 @@ EMPTY = -1
 class WindowCache:
     """The w keys of greatest (gate, position) of each row and kv head, W slots each, in no particular order.
 
-    A slot with position −1 is empty and has gate −inf. Slots from windows[k] on stay empty in head k.
+    A slot with position −1 is empty: its gate is −inf, its key and value 0. Slots from windows[k] on stay empty in
+    head k.
     length: tokens appended so far, per row: the position of the next one.
     """
 
@@ -85,23 +85,17 @@ class WindowCache:
         It takes an empty slot, or the place of the least (gate, position). Weaker than all that a full head
         holds, or with a gate of −inf, it is itself dropped.
         """
-        new_gate = jnp.where(token[:, :, None], gate, -jnp.inf)[:, 0, :, None]
-        rank = jnp.where(self.usable, sortable(self.gate), jnp.iinfo(jnp.int32).max)
-        least = rank.min(axis=-1, keepdims=True)
-        oldest = jnp.where(rank == least, self.position, jnp.iinfo(jnp.int32).max)
-        slot = jnp.argmin(oldest, axis=-1)[..., None]
-        # The new position is the greatest, so at equal gates the new key wins.
-        enters = (sortable(new_gate) >= least) & ~jnp.isneginf(new_gate)
-        here = (jnp.arange(self.keys.shape[2]) == slot) & enters
-        position = self.length[:, None, None]
-        return replace(
-            self,
-            keys=jnp.where(here[..., None], jnp.moveaxis(key, 1, 2), self.keys),
-            values=jnp.where(here[..., None], jnp.moveaxis(value, 1, 2), self.values),
-            gate=jnp.where(here, new_gate, self.gate),
-            position=jnp.where(here, position, self.position),
-            length=self.length + token[:, 0],
-        )
+        entering = jnp.where(token[:, :, None], gate, -jnp.inf)
+        return self.after(insert(key[:, 0], value[:, 0], entering[:, 0], self.length, self.slots, self.windows), token)
+
+    @property
+    def slots(self) -> Slots:
+        """What a step of decoding reads and writes."""
+        return Slots(self.keys, self.values, self.gate, self.position)
+
+    def after(self, slots: Slots, token: Bool[Array, "B 1"]) -> WindowCache:
+        """The cache that holds the slots, one step later."""
+        return replace(self, **slots._asdict(), length=self.length + token[:, 0])
 
     def append(
         self,
@@ -124,6 +118,8 @@ class WindowCache:
         usable = self.usable & (kept.position != EMPTY)
         return replace(
             kept,
+            keys=jnp.where(usable[..., None], kept.keys, 0),
+            values=jnp.where(usable[..., None], kept.values, 0),
             gate=jnp.where(usable, kept.gate, -jnp.inf),
             position=jnp.where(usable, kept.position, EMPTY),
             length=self.length + token.sum(axis=1, dtype=jnp.int32),

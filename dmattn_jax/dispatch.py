@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import IMPLEMENTATIONS, Implementation
+from pallas_kernels.choice import choose
+from pallas_kernels.decoding import IMPLEMENTATIONS as DECODING
 from pallas_kernels.patterns import IMPLEMENTATIONS as PATTERNS
 
 
@@ -14,29 +16,20 @@ def choose_implementation(name: str | None, dtype: jnp.dtype, head_dim: int) -> 
 
     Raises: ValueError for a name that is unknown, or that cannot run here or with these queries (with the reason).
     """
-    if name is None:
-        return next(entry for entry in IMPLEMENTATIONS.values() if _obstacle(entry, dtype, head_dim) is None)
-    if name not in IMPLEMENTATIONS:
-        known = ", ".join(repr(known) for known in IMPLEMENTATIONS)
-        raise ValueError(f"implementation must be None or one of {known}, got {name!r}")
-    reason = _obstacle(IMPLEMENTATIONS[name], dtype, head_dim)
-    if reason is not None:
-        raise ValueError(f"implementation {name!r} cannot run here: {reason}")
-    return IMPLEMENTATIONS[name]
-
-
-def _obstacle(entry: Implementation, dtype: jnp.dtype, head_dim: int) -> str | None:
-    return entry.unavailable() or entry.unsupported(dtype, head_dim)
+    return choose(IMPLEMENTATIONS, name, lambda entry: entry.unavailable() or entry.unsupported(dtype, head_dim))
 
 
 def explain() -> str:
     """Which implementation `implementation=None` takes on this machine, and why not the others."""
     devices = jax.devices()
     chosen = next(entry for entry in IMPLEMENTATIONS.values() if entry.unavailable() is None)
+    decoding = next(entry for entry in DECODING.values() if entry.unavailable() is None)
+    masks = next(entry for entry in PATTERNS.values() if entry.unavailable() is None)
     lines = [
         f"devices: {len(devices)} × {devices[0].device_kind} ({jax.default_backend()}), JAX {jax.__version__}",
         f"dynamic-mask attention runs on: {chosen.name}",
-        f"masks of frozen models run on: {next(e.name for e in PATTERNS.values() if e.unavailable() is None)}",
+        f"steps of decoding run on: {decoding.name}",
+        f"masks of frozen models run on: {masks.name}",
     ]
     for entry in IMPLEMENTATIONS.values():
         reason = entry.unavailable()

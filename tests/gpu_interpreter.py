@@ -16,6 +16,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decoding import IMPLEMENTATIONS as DECODING
 from pallas_kernels.gpu import MOSAIC_GPU
 
 THREADS = 32
@@ -34,12 +35,15 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
     if int(os.environ.get("NPROC", "0")) < THREADS:
         # Warpgroups wait for each other in callbacks, and in a pool of as many threads as cores they would for ever.
         pytest.fail(f"set NPROC={THREADS} before Python starts: it is how many threads the interpreter may use")
-    kernel, multiply, arrive = plgpu.kernel, plgpu.wgmma, plgpu.barrier_arrive
+    kernel, in_place, multiply, arrive = plgpu.kernel, pl.kernel, plgpu.wgmma, plgpu.barrier_arrive
 
     def interpreted(*args: Any, **options: Any) -> Any:
         if "num_threads" in options:
             options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
         return kernel(*args, **options)
+
+    def interpreted_in_place(*args: Any, **options: Any) -> Any:
+        return in_place(*args, interpret=plgpu.InterpretGPUParams(detect_races=True), **options)
 
     def run_state(body: Any) -> Any:
         def run(sums: Any) -> Any:
@@ -62,8 +66,11 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
         arrive(barrier)
 
     monkeypatch.setattr("pallas_kernels.gpu.pipeline.multiprocessors", lambda: multiprocessors)
-    monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
+    monkeypatch.setattr("pallas_kernels.decoding.gpu.multiprocessors", lambda: multiprocessors)
+    for entry in (MOSAIC_GPU, DECODING["mosaic_gpu"]):
+        monkeypatch.setitem(entry.__dict__, "unavailable", lambda: None)
     monkeypatch.setattr(plgpu, "kernel", interpreted)
+    monkeypatch.setattr(pl, "kernel", interpreted_in_place)
     monkeypatch.setattr(plgpu, "wgmma", wgmma)
     monkeypatch.setattr(plgpu, "barrier_arrive", barrier_arrive)
     monkeypatch.setattr(plgpu.ACC, "init", staticmethod(Sum))

@@ -38,6 +38,21 @@ def small(generation, output: Path, **changes):
     )
 
 
+def test_steps_of_decoding(tmp_path):
+    from benchmarks import decode
+
+    output = tmp_path / "decode.json"
+    options = decode.Options((29, 58), (1, 3), 4, 2, 8, window=29, steps=3, repeats=2, output=output)
+    decode.main(options)
+    record = json.loads(output.read_text())
+    assert [(row["what"], row["batch"], row["context"]) for row in record["rows"]] == [
+        ("dma xla", 1, 29), ("dma xla", 1, 58), ("dma xla", 3, 29), ("dma xla", 3, 58),
+    ]  # fmt: skip
+    assert all(len(row["microseconds"]) == 2 and not row["error"] for row in record["rows"])
+    assert len({row["cache_bytes"] // row["batch"] for row in record["rows"]}) == 1
+    assert record["errors"]["xla"] <= decode.BAR
+
+
 @pytest.mark.slow
 def test_prompts_through_masks(tmp_path):
     from benchmarks import dam

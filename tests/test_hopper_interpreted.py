@@ -5,11 +5,13 @@ NPROC=32 python -m pytest -m slow -n 0 tests/test_hopper_interpreted.py
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_interpreter import AVAILABLE, interpret
 from reference import EACH, RATIO, assert_close, make_case, residue, rms_ratio, rounded, run, truth
+from test_decoding import STEPS, check, evicted_nan, make_step, odd_gates, without_nan
 from test_pattern_hopper import HEADS, KV_HEADS, make_patterns, visible
 
 from benchmarks import tune
@@ -113,3 +115,34 @@ def test_patterns_without_races_under_the_interpreter(monkeypatch, queries, side
     assert np.isfinite(np.asarray(got, np.float32)).all()
     assert rms_ratio(np.asarray(got)[0], want) <= RATIO["float16"]
     assert not np.asarray(got)[0, ~seen.any(-1).T].any()
+
+
+DECODED = {
+    # One part of three tiles, so that buffers are used again.
+    "full": {"shape": (1, 6, 2, 384, 64), "windows": (384, 300), "filled": 999, "multiprocessors": 1},
+    "two parts, half full": {"shape": (2, 3, 1, 256, 128), "windows": (256,), "filled": 100, "multiprocessors": 2},
+    "empty": {"shape": (1, 2, 2, 128, 64), "windows": (128, 77), "filled": 0, "multiprocessors": 4},
+}
+
+
+@pytest.mark.parametrize("name", DECODED if AVAILABLE else ())
+def test_a_step_of_decoding_without_races_under_the_interpreter(monkeypatch, name):
+    case = DECODED[name]
+    interpret(monkeypatch, case["multiprocessors"])
+    inputs = make_step(*case["shape"], windows=case["windows"], filled=case["filled"], seed=len(name))
+    step = jax.jit(STEPS["mosaic_gpu"], static_argnames=("windows", "scale"))
+    first, again = (check(step, inputs, case["windows"]) for _ in range(2))
+    for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(np.asarray(left, np.float32), np.asarray(right, np.float32))
+
+
+@pytest.mark.parametrize("odd", ("gates", "evicted") if AVAILABLE else ())
+def test_odd_steps_of_decoding_under_the_interpreter(monkeypatch, odd):
+    interpret(monkeypatch, 1)
+    windows = (128, 100)
+    inputs = make_step(5, 4, 2, 128, 64, windows=windows, filled=999)
+    step = STEPS["mosaic_gpu"]
+    if odd == "gates":
+        without_nan(step, odd_gates(inputs), windows)
+    else:
+        check(step, evicted_nan(inputs, windows), windows)

@@ -266,6 +266,7 @@ def _dam(args: Sequence[str]) -> int:
 BENCHMARKS = {
     "attention": "time and memory of attention against cuDNN and PyTorch",
     "dam": "prompts through masks of a frozen model against dense attention",
+    "decode": "one layer's step of decoding against cuDNN over the whole cache",
     "generation": "tokens per second and memory at long contexts",
     "train_step": "whole training steps against dense attention",
     "tune": "tiles of the Hopper kernels for one shape, by trying all that fit",

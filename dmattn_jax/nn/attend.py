@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dmattn_jax.attention import causal_attention, dynamic_mask_attention
 from dmattn_jax.cache import DenseCache, WindowCache
 from dmattn_jax.partitioning import axis_size, map_over_mesh
+from pallas_kernels.decoding import decode_step
+from pallas_kernels.decoding.xla import attend_slots
 from pallas_kernels.patterns import Patterns, Places, pattern_attention
 
 QUERY = ("batch", None, "heads", None)
@@ -94,9 +96,21 @@ def attend_window_cache(
     dynamic-mask attention over [cache in order of position, chunk]; of a prefix only its top w can matter.
     """
     if query.shape[1] == 1:
-        after = cache.append_one(key, value, gate, token)
-        visible = (after.position != -1) & token[:, :, None]
-        return _attend_slots(query, after.keys, after.values, after.gate, visible), after
+        entering = jnp.where(token[:, :, None], gate, -jnp.inf)[:, 0]
+        # Devices of a mesh share the portable step: the compiler cannot cut a kernel.
+        alone = axis_size("batch") * axis_size("kv_heads") == 1
+        out, held = decode_step(
+            query[:, 0],
+            key[:, 0],
+            value[:, 0],
+            entering,
+            cache.length,
+            cache.slots,
+            windows=cache.windows,
+            scale=query.shape[3] ** -0.5,
+            implementation=None if alone else "xla",
+        )
+        return jnp.where(token[:, :, None, None], out[:, None], 0), cache.after(held, token)
     union = cache.joined(key, value, gate, token)
     slots = cache.keys.shape[2]
     documents = jnp.concatenate([jnp.ones((token.shape[0], slots), jnp.int32), token.astype(jnp.int32)], axis=1)
@@ -126,32 +140,8 @@ def attend_dense_cache(
         keys, values = jnp.moveaxis(after.keys, 1, 2), jnp.moveaxis(after.values, 1, 2)
         visible = (after.filled & token)[:, None, :]
         bias = jnp.zeros((1, 1, 1), jnp.float32)
-        return _attend_slots(query, keys, values, bias, visible), after
+        return attend_slots(query[:, 0], keys, values, bias, visible, query.shape[3] ** -0.5)[:, None], after
     documents = jnp.concatenate([cache.filled, token], axis=1).astype(jnp.int32)
     keys = jnp.concatenate([cache.keys.astype(key.dtype), key], axis=1)
     values = jnp.concatenate([cache.values.astype(value.dtype), value], axis=1)
     return attend(causal_attention, query, keys, values, segment_ids=documents), after
-
-
-def _attend_slots(
-    query: Float[Array, "B 1 H D"],
-    keys: Float[Array, "B K W D"],
-    values: Float[Array, "B K W D"],
-    bias: Float[Array, "#B #K #W"],
-    visible: Bool[Array, "#B #K W"],
-) -> Float[Array, "B 1 H D"]:
-    """One query a row over unordered slots; bias and visible broadcast to [B, K, W]."""
-    batch, _, heads, head_dim = query.shape
-    grouped = query.reshape(batch, keys.shape[1], -1, head_dim)
-    logits = jnp.einsum("bkgd,bkwd->bkgw", grouped, keys.astype(query.dtype), preferred_element_type=jnp.float32)
-    shown = visible[:, :, None, :]
-    logits = jnp.where(shown, logits * head_dim**-0.5 + bias[:, :, None, :], -jnp.inf)
-    some = shown.any(axis=-1, keepdims=True)
-    weights = jnp.where(shown, jax.nn.softmax(jnp.where(some, logits, 0), axis=-1), 0)
-    out = jnp.einsum(
-        "bkgw,bkwd->bkgd",
-        weights.astype(query.dtype),
-        values.astype(query.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return out.reshape(batch, 1, heads, head_dim).astype(query.dtype)

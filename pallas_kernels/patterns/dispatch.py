@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.choice import choose
 from pallas_kernels.patterns.contract import Implementation, Kept, Patterns, Places
 from pallas_kernels.patterns.gpu import MOSAIC_GPU
 from pallas_kernels.patterns.tpu import MOSAIC_TPU
@@ -33,13 +34,5 @@ def pattern_attention(
     def obstacle(entry: Implementation) -> str | None:
         return entry.unavailable() or entry.unsupported(query, key, kept)
 
-    if implementation is None:
-        entry = next(entry for entry in IMPLEMENTATIONS.values() if obstacle(entry) is None)
-    elif implementation not in IMPLEMENTATIONS:
-        known = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
-    else:
-        entry = IMPLEMENTATIONS[implementation]
-        if reason := obstacle(entry):
-            raise ValueError(f"implementation {implementation!r} cannot run here: {reason}")
+    entry = choose(IMPLEMENTATIONS, implementation, obstacle)
     return entry.forward(query, key, value, patterns, query_places, key_places, kept, scale=scale)
