@@ -154,6 +154,25 @@ def test_untrained_dynamic_mask_is_a_sliding_window(activation):
         np.testing.assert_array_equal(visible[:, k], np.broadcast_to((j <= i) & (j > i - window), (B, T, T)))
 
 
+@pytest.mark.parametrize("size", [1.0, 40.0])
+def test_gates_that_have_run_away_stay_finite(size):
+    """An exponent of hundreds, as high learning rates make them: values and gradients are numbers, ties go later."""
+    layer = make("dma")
+    layer.gate.A[...] = jnp.full_like(layer.gate.A[...], size)
+    layer.gate.delta[...] = 100 * size * layer.gate.delta[...]
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 31, M)), jnp.float32)
+    gates = np.asarray(layer.gates(x))
+    np.testing.assert_allclose(gates.max(), 2.0**40, rtol=1e-6)
+    visible = np.asarray(visible_keys_oracle(jnp.asarray(gates), WINDOW))
+    tied = np.flatnonzero(gates[0, :, 0] == gates.max())
+    assert len(tied) > 1
+    assert visible[0, 0, tied[-1], tied[-2]]
+    loss, gradients = nnx.value_and_grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    assert np.isfinite(loss)
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all()
+
+
 def test_gate_is_the_equation_and_picks_the_reference_keys():
     layer, x = trained(make("dma")), inputs()
     v = np.einsum("btm,mhd->bthd", x.astype(np.float64), np.asarray(layer.value[...], np.float64)).reshape(B, T, -1)

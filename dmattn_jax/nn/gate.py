@@ -19,9 +19,13 @@ from pallas_kernels import RESIDUALS
 
 GateActivation = Literal["exp", "linear"]
 
+LARGEST = 2.0**40
+"""The exponential ends here, so that gradients, which it multiplies, and their squares stay finite: at high learning rates
+exponents run away (docs/journal.md). Keys that reach it are equal: the later wins."""
+
 
 class DynamicMaskGate(nnx.Module):
-    """δ[h, j] = exp(A[h] · softplus(v_j · Δ[:, h])), v_j all kv heads' values of key j, concatenated.
+    """δ[h, j] = exp(A[h] · softplus(v_j · Δ[:, h])), at most 2^40; v_j: all kv heads' values of key j, concatenated.
 
     arXiv 2508.02124v6, equation for δ; `linear` drops the exp: δ = A · softplus(v · Δ). A starts at 0, so at
     initialisation every δ is the same (1, or 0 for `linear`) and the attention is a sliding window.
@@ -62,7 +66,7 @@ class DynamicMaskGate(nnx.Module):
         rows = value.reshape(*value.shape[:2], -1)
         score = checkpoint_name(exact_row_products(rows, self.delta[...].astype(jnp.float32)), RESIDUALS)
         exponent = self.A[...].astype(jnp.float32) * jax.nn.softplus(score)
-        gate = jnp.exp(exponent) if self.activation == "exp" else exponent
+        gate = jnp.exp(jnp.minimum(exponent, math.log(LARGEST))) if self.activation == "exp" else exponent
         if not self.step:
             return gate
         return _round_straight_through(gate, self.step)
