@@ -20,8 +20,8 @@ from pallas_kernels import RESIDUALS
 GateActivation = Literal["exp", "linear"]
 
 LARGEST = 2.0**40
-"""The exponential ends here, so that gradients, which it multiplies, and their squares stay finite: at high learning rates
-exponents run away (docs/journal.md). Keys that reach it are equal: the later wins."""
+"""The exponential ends here, so that gradients, which it multiplies, and their squares stay finite: at high learning
+rates exponents run away (docs/journal.md). Keys that reach it are equal: the later wins."""
 
 
 class DynamicMaskGate(nnx.Module):
