@@ -22,38 +22,14 @@ from pallas_kernels.gpu.pipeline import Pieces, load_vector
 from pallas_kernels.gpu.scratch import HALF_TILE, Scratch, warp_specialized
 from pallas_kernels.gpu.softmax import Slots, attend_tiles, normalised
 from pallas_kernels.gpu.tiles import LOG2E
-from pallas_kernels.patterns import xla
-from pallas_kernels.patterns.contract import Implementation, Kept, Patterns, Places
+from pallas_kernels.patterns.contract import Implementation, Kept, Patterns
 from pallas_kernels.patterns.slabs import HALF, NEVER, TILE, WORDS, Visits, biases, visits
+from pallas_kernels.patterns.whole_rows import whole_rows
 
 STAGES = 2
 """Tiles of keys in flight."""
 MAX_HEAD_SIZE = 128
 """A mask is of 128 keys, and shared memory does not hold as many of wider heads."""
-
-
-def pattern_attention(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K D"],
-    patterns: Patterns,
-    query_places: Places,
-    key_places: Places,
-    kept: Kept | None = None,
-    *,
-    scale: float,
-) -> Float[Array, "B T H D"]:
-    """`contract.Forward`. Rows of several documents, or whose first token is not at 0, take the portable path."""
-    assert kept is None
-    alone = (key_places.start <= 0).all() & (query_places.start <= 0).all()
-
-    def portable() -> Array:
-        return xla.pattern_attention(query, key, value, patterns, query_places, key_places, scale=scale)
-
-    def kernel() -> Array:
-        return of_one_document(query, key, value, patterns, key_places.start == 0, scale)
-
-    return lax.cond(alone, kernel, portable)
 
 
 def of_one_document(
@@ -259,4 +235,4 @@ def unsupported(query: Array, key: Array, kept: Kept | None) -> str | None:
     return config.unsupported(query.dtype, query.shape[3])
 
 
-MOSAIC_GPU = Implementation("mosaic_gpu", pattern_attention, unavailable, unsupported)
+MOSAIC_GPU = Implementation("mosaic_gpu", whole_rows(of_one_document), unavailable, unsupported)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32
 
-from pallas_kernels.patterns import xla
-from pallas_kernels.patterns.contract import Implementation, Kept, Patterns, Places
+from pallas_kernels.patterns.contract import Implementation, Kept, Patterns
+from pallas_kernels.patterns.whole_rows import whole_rows
 from pallas_kernels.tpu import config
 from pallas_kernels.tpu.config import LANES, compiler_params, interpret_mode
 from pallas_kernels.tpu.passes import by_head, by_token, pad_heads
@@ -28,30 +28,6 @@ from pallas_kernels.tpu.vmem import pattern_bytes
 
 MAX_ROWS = 1024
 """Query heads × positions of a tile."""
-
-
-def pattern_attention(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K D"],
-    patterns: Patterns,
-    query_places: Places,
-    key_places: Places,
-    kept: Kept | None = None,
-    *,
-    scale: float,
-) -> Float[Array, "B T H D"]:
-    """`contract.Forward`. Rows of several documents, or whose first token is not at 0, take the portable path."""
-    assert kept is None
-    alone = (key_places.start <= 0).all() & (query_places.start <= 0).all()
-
-    def portable() -> Array:
-        return xla.pattern_attention(query, key, value, patterns, query_places, key_places, scale=scale)
-
-    def kernel() -> Array:
-        return _of_one_document(query, key, value, patterns, key_places.start == 0, scale)
-
-    return lax.cond(alone, kernel, portable)
 
 
 class Visits(NamedTuple):
@@ -302,4 +278,4 @@ def unsupported(query: Array, key: Array, kept: Kept | None) -> str | None:
     return config.unsupported(query.dtype, query.shape[3])
 
 
-MOSAIC_TPU = Implementation("mosaic_tpu", pattern_attention, config.unavailable, unsupported)
+MOSAIC_TPU = Implementation("mosaic_tpu", whole_rows(_of_one_document), config.unavailable, unsupported)

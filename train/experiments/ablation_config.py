@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dmattn_jax.models.config import DogeConfig
-from train.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
+from train.config import TrainConfig
 from train.errors import ConfigError
+from train.experiments.base import on_real_text
 from train.resolve import resolve
 
 AblationName = Literal["dma", "swa", "earlier_ties", "linear_gate", "windows", "hidden_gate", "margin"]
@@ -53,18 +54,7 @@ class AblationSweep:
     """Keys that a query sees, in every ablation (in `windows`, in the mean over kv heads)."""
     vocab_size: int = 4096
     """Of a BPE vocabulary that is trained on the text to be trained on; 0 leaves the base's tokenizer."""
-    base: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            model=DogeConfig(vocab_size=257),
-            data=DataConfig(source="packages"),
-            optimizer=OptimizerConfig(learning_rate="auto"),
-            checkpoint=CheckpointConfig(every=1000, keep=1),
-            log=LogConfig(every=50, eval_every=500, eval_batches=64, sample_every=0),
-            sequence_length=2048,
-            batch_size="auto",
-            steps="auto",
-        )
-    )
+    base: TrainConfig = field(default_factory=lambda: on_real_text(every=500))
     """What all runs share: text, tokenizer, steps, devices."""
 
     def cells(self, output: Path, shards: int = 1) -> list[AblationCell]:

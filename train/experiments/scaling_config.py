@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dmattn_jax.models.config import AttentionKind, DogeConfig
-from train.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
+from dmattn_jax.models.config import AttentionKind
+from train.config import TrainConfig
 from train.errors import ConfigError
+from train.experiments.base import on_real_text
 from train.experiments.variants import VARIANTS
 from train.flops import count_parameters
 from train.optimizer import step_law_batch_tokens
@@ -35,18 +36,7 @@ class ScalingSweep:
     tokens_per_parameter: float = 20.0
     vocab_size: int = 4096
     """Of a BPE vocabulary that is trained on the text to be trained on; 0 leaves the base's tokenizer."""
-    base: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            model=DogeConfig(vocab_size=257),
-            data=DataConfig(source="packages"),
-            optimizer=OptimizerConfig(learning_rate="auto"),
-            checkpoint=CheckpointConfig(every=2000, keep=1),
-            log=LogConfig(every=50, eval_every=1000, eval_batches=64, sample_every=0),
-            sequence_length=2048,
-            batch_size="auto",
-            steps="auto",
-        )
-    )
+    base: TrainConfig = field(default_factory=lambda: on_real_text(every=1000))
     """What all runs share: text, tokenizer, devices."""
 
     def cells(self, output: Path, shards: int = 1) -> list[TrainConfig]:
