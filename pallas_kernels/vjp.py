@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -32,9 +31,9 @@ def interval_attention(
 
 def _forward(query, key, value, bias, intervals, implementation, scale, blocks):
     out, normalizer = implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)
-    # Rows that see nothing are 0 already. But what a scan over layers stacks must not come from the kernel itself, or
-    # XLA runs the kernel twice: once into the stack, and once for whoever else reads the output.
-    out = jnp.where(normalizer.total[..., None] == 0, 0, out)
+    # What a scan over layers stacks must not come from the kernel itself, or XLA runs the kernel twice: once into the
+    # stack, and once for whoever else reads the output.
+    out = jax.lax.optimization_barrier(out)
     intervals, out, normalizer = checkpoint_name((intervals, out, normalizer), RESIDUALS)
     return out, (query, key, value, bias, intervals, out, normalizer)
 

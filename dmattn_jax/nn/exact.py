@@ -34,7 +34,9 @@ def exact_sum(terms: Float[Array, "*n C"]) -> Float[Array, "*n"]:
     count = terms.shape[-1]
     finite = jnp.isfinite(terms)
     limit = 2.0**30 / count
-    scaled = jnp.clip(jnp.where(finite, terms, 0) * COARSE, -limit, limit)
+    # What is not finite becomes any integers here: the sum is NaN then. (Zeros in its place, XLA would move out of a
+    # loop over layers, as an array of the terms' size that every layer reads.)
+    scaled = jnp.clip(terms * COARSE, -limit, limit)
     whole = jnp.round(scaled)
     fine = 2.0 ** (31 - count.bit_length())
     rest = jnp.round((scaled - whole) * fine)

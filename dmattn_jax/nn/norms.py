@@ -34,4 +34,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(exact_mean_square(wide) + self.eps)
+        if x.ndim == 4:
+            # Of heads, whose rotation follows: it reads x and the scale, where XLA would write and read x normed as
+            # float32 in between.
+            scale = jax.lax.optimization_barrier(scale)
         return (wide * scale * self.weight[...].astype(jnp.float32)).astype(x.dtype)
