@@ -229,7 +229,8 @@ def _dam_prefill(prefills: Records) -> list[Claim]:
                 if name == "dam" and ("dense", length) in rows:
                     less = 1 - value(row) / value(rows["dense", length])
                     enough.append(less >= least)
-                    parts.append(f"−{less:.0%} at {length:,} tokens ({file})")
+                    change = f"{round(-100 * less):+d}%".replace("-", "−")
+                    parts.append(f"{change} at {length:,} tokens ({file})")
         said = f"DAM reads a prompt in {least:.0%} less {what} than dense attention (2506.11104); here against cuDNN"
         claims.append(Claim(said, "; ".join(parts), verdict_of(sum(enough), 0, len(enough) - sum(enough))))
     return claims

@@ -26,7 +26,7 @@ def lay_out(choice: Choice, *, queries: int, window: int, blocks: BlockSizes) ->
     lists = None
     if window + blocks.epoch < length:
         lists = epoch_lists(choice, queries=queries, window=window, epoch_size=blocks.epoch, granule=blocks.granule)
-    return Intervals(start, choice.expiry, lists)
+    return Intervals(start, choice.expiry, lists, starts_at_key=True)
 
 
 def epoch_lists(choice: Choice, *, queries: int, window: int, epoch_size: int, granule: int = 1) -> EpochLists:

@@ -65,8 +65,8 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
         plgpu.commit_smem()
         arrive(barrier)
 
-    monkeypatch.setattr("pallas_kernels.gpu.pipeline.multiprocessors", lambda: multiprocessors)
-    monkeypatch.setattr("pallas_kernels.decoding.gpu.multiprocessors", lambda: multiprocessors)
+    for room in ("gpu.pipeline", "gpu.backward_key", "decoding.gpu"):
+        monkeypatch.setattr(f"pallas_kernels.{room}.multiprocessors", lambda: multiprocessors)
     for entry in (MOSAIC_GPU, DECODING["mosaic_gpu"]):
         monkeypatch.setitem(entry.__dict__, "unavailable", lambda: None)
     monkeypatch.setattr(plgpu, "kernel", interpreted)

@@ -1,5 +1,7 @@
 """What of the Hopper implementation runs or lowers without a GPU: selection, slot tables, sums, and all kernels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +14,14 @@ from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys
 from pallas_kernels import BlockSizes
 from pallas_kernels.gpu import MOSAIC_GPU, scratch
-from pallas_kernels.gpu.backward_key import KeyGradientSizes, key_gradients
+from pallas_kernels.gpu.backward_key import KeyGradientSizes, key_gradients, parts_of
 from pallas_kernels.gpu.backward_query import QueryGradientSizes, query_gradient
 from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes, block_sizes, native_head_size, unsupported
 from pallas_kernels.gpu.device import SHARED_MEMORY
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import ForwardSizes, attend
 from pallas_kernels.gpu.ranked import nth_set_bit, set_bits
-from pallas_kernels.gpu.tiles import Rows, gather_rows
+from pallas_kernels.gpu.tiles import BLOCK_Q, Rows, gather_rows, key_walks, query_runs
 
 BATCH, HEADS = 2, 3
 
@@ -84,6 +86,14 @@ def test_selection_refuses_epochs_that_do_not_halve():
         MOSAIC_GPU.select(gate, (8,), *bounds, queries=400, blocks=blocks_of(96))
 
 
+@pytest.mark.parametrize(
+    ("programs", "group", "parts"),
+    [(64, 4, 2), (32, 4, 4), (44, 6, 3), (66, 3, 1), (1, 16, 16), (133, 4, 1), (9, 1, 1)],
+)
+def test_a_group_is_cut_where_multiprocessors_would_be_idle(programs, group, parts):
+    assert parts_of(programs, group) == parts
+
+
 def test_bits():
     rng = np.random.default_rng(0)
     words = rng.integers(-(2**31), 2**31, 257).astype(np.int32)
@@ -130,6 +140,62 @@ def test_rows_and_their_sums(queries):
         jnp.asarray(cotangent), intervals, length=length, queries=queries, parts=2, dtype=jnp.float32
     )
     np.testing.assert_allclose(np.concatenate(sums, axis=3), want[:, :length], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "queries", "windows", "epoch"),
+    [(677, 677, (700, 701), 512), (677, 331, (700, 701), 512), (677, 331, (197, 300), 128)],
+)
+def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length, queries, windows, epoch):
+    """Every pair of tiles, against the intervals themselves; without lists and with."""
+    block_q, heads = 64, len(windows)
+
+    @jax.jit
+    def tables(gate, ids):
+        documents = document_bounds(ids, BATCH, length)
+        choice = choose_keys(jnp.moveaxis(gate, 2, 1), windows, documents, causal=True)
+        sizes = BlockSizes(epoch=epoch, granule=128)
+        intervals = lay_out(choice, queries=queries, window=max(windows), blocks=sizes)
+        key = jnp.zeros((BATCH, length, heads, 8))
+        rows = gather_rows(key, key, gate, intervals, queries=queries)
+
+        def of(rows):
+            return [(query_runs(rows, queries, size), key_walks(rows, size, block_q)) for size in (64, 128)]
+
+        return rows, of(rows), of(dataclasses.replace(rows, offset=None))
+
+    for segments in ("none", "packed", "left"):
+        rng = np.random.default_rng(length + queries)
+        gate = make_gate("random", rng, BATCH, length, heads)
+        gate[:, 390:400] = -np.inf
+        ids = make_segments(segments, rng, BATCH, length)
+        rows, *found = tables(gate, np.ones((BATCH, length), np.int32) if ids is None else ids)
+        assert rows.offset == (length - queries if min(windows) >= length else None)
+        for block_k, (runs, walks), (runs_sought, walks_sought) in zip((64, 128), *found, strict=True):
+            runs, walks = np.asarray(runs), np.asarray(walks)
+            np.testing.assert_array_equal(runs, runs_sought)
+            np.testing.assert_array_equal(walks[:, :, 2:], walks_sought[:, :, 2:])
+            shape = (BATCH, heads, rows.epochs, -1, block_k, 1)
+            start, end = (np.asarray(rows.meta[:, :, n]).reshape(shape) for n in (1, 2))
+            position = np.arange(rows.epoch_size)
+            sees = (start <= position) & (position < end)
+            tiles, whole_runs = sees.shape[3], 0
+            for b, k, tile in np.ndindex(BATCH, heads, -(-queries // BLOCK_Q)):
+                own_epoch, first = divmod(tile * BLOCK_Q, rows.epoch_size)
+                own = sees[b, k, own_epoch, ..., first : first + BLOCK_Q]
+                whole, carried, skipped, count = runs[b, k, :, tile].tolist()
+                visits = [n if n < carried else n + skipped for n in range(count)]
+                assert set(np.flatnonzero(own.any((-1, -2)))) <= set(visits)
+                assert own[visits[:whole]].all()
+                whole_runs += whole
+            assert whole_runs > 0 or segments != "none"
+            by_tile = sees.reshape(*sees.shape[:5], -1, block_q)
+            meets, wholly = by_tile.any((-1, -3)), by_tile.all((-1, -3))
+            for at in np.ndindex(*meets.shape[:4]):
+                first, lead, whole, count = walks[at[0], at[1], :, at[2] * tiles + at[3]].tolist()
+                assert set(np.flatnonzero(meets[at])) <= set(range(first, first + count))
+                assert wholly[at][first + lead : first + lead + whole].all()
+                assert whole == 0 or lead + whole <= count
 
 
 @pytest.mark.parametrize(

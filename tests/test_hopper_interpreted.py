@@ -24,6 +24,10 @@ from pallas_kernels.patterns.gpu import of_one_document
 pytestmark = pytest.mark.slow
 
 INTERPRETED = {
+    "three parts of a group": (
+        {"keys": 137, "window": 150, "kv_heads": 1, "group": 6, "multiprocessors": 7},
+        "float16",
+    ),
     "packed documents, a window per head": ({"keys": 331, "window": (150, 41), "segments": "inside"}, "bfloat16"),
     "lists, fewer queries than keys": (
         {"keys": 601, "queries": 523, "window": 20, "gate": "rounded", "kv_heads": 1},
@@ -40,8 +44,9 @@ INTERPRETED = {
 def test_kernels_without_races_under_the_interpreter(monkeypatch, name):
     """Forward and backward against float64, with every access to shared memory checked against the barriers."""
     options, dtype = INTERPRETED[name]
-    case = rounded(make_case(**{"batch": 1, "kv_heads": 2, "dim": 64, **options}), dtype)
-    interpret(monkeypatch)
+    options = {"batch": 1, "kv_heads": 2, "dim": 64, "multiprocessors": 2, **options}
+    interpret(monkeypatch, options.pop("multiprocessors"))
+    case = rounded(make_case(**options), dtype)
     got = run(case, dtype, implementation="mosaic_gpu")
     assert_close(got, truth(case), ratio=RATIO[dtype], each=EACH[dtype], zero=residue(case, dtype))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,21 @@ def test_a_sweep_of_masks_is_a_table_and_a_picture(tmp_path):
     assert "| 128 | 0.1 | 0.5 | 40.0% | 1.0, 2.0 | 1.01 | 0.100 | 90.0% | 1.01 | 1.01 | 1.01 |" in page
     assert page.index("| 128 | 0.1 |") < page.index("| 128 | 0.2 |") < page.index("threshold 9 empties every head")
     assert (tmp_path / "dam_sweep_toy.png").stat().st_size > 1000
+
+
+def test_every_record_that_is_named_exists_and_every_picture_has_its_record():
+    root = RESULTS.parents[1]
+    # A line that copies a record there says how it would be made.
+    lines = [
+        line for page in (root / "README.md", *(root / "docs").glob("*.md")) for line in page.read_text().split("\n")
+    ]
+    named = {
+        name
+        for line in lines
+        if not line.startswith("cp ")
+        for name in re.findall(r"benchmarks/results/([\w*.]+)", line)
+    }
+    assert len(named) > 9
+    assert [name for name in sorted(named) if not list(RESULTS.glob(name))] == []
+    pictures = (root / "docs" / "results").glob("*.png")
+    assert [path.name for path in pictures if not (RESULTS / f"{path.stem}.json").exists()] == []

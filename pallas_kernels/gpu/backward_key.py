@@ -1,8 +1,9 @@
 """dk, dv and dbias on Hopper, per row of the lists: each program keeps one tile of keys and walks its queries.
 
 The products are the transposes of the forward's, so that keys are rows: Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, dV += Pᵀ·dO,
-dK += dSᵀ·Q. The heads of a group are walked one after the other, so their sum needs no other program. How the two
-consumers share a tile is in `key_consumers`.
+dK += dSᵀ·Q. The heads of a group are walked one after the other, so their sum needs no other program; where that would
+leave multiprocessors idle, parts of a group have programs of their own, and XLA adds them up. How the two consumers
+share a tile is in `key_consumers`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.gpu.device import multiprocessors
 from pallas_kernels.gpu.key_consumers import Program, Steps, Streams, consume_halves, consume_products
 from pallas_kernels.gpu.pipeline import produce
 from pallas_kernels.gpu.scratch import HALF_TILE, SINGLE_TILE, PassSizes, Scratch, warp_specialized
@@ -68,6 +70,12 @@ class KeyGradientSizes(PassSizes):
         )
 
 
+def parts_of(programs: int, group: int) -> int:
+    """Into how many equal parts the heads of a group are cut: as many as multiprocessors are there for, or one."""
+    most = max(multiprocessors() // programs, 1)
+    return max(parts for parts in range(1, group + 1) if group % parts == 0 and parts <= most)
+
+
 def key_gradients(
     query: Float[Array, "B T H D"],
     dout: Float[Array, "B T H D"],
@@ -81,23 +89,25 @@ def key_gradients(
     """dk and dv of every row side by side, and dbias, all float32; stats as in `query_gradient`."""
     batch, _, heads, dim = query.shape
     length, kv_heads = rows.key.shape[1:3]
-    group = heads // kv_heads
     block_q, block_k = sizes.block_q, sizes.block_k
     tiles_per_epoch = rows.capacity // block_k
+    parts = parts_of(length // block_k * batch * kv_heads, heads // kv_heads)
+    group = heads // kv_heads // parts
     consume = consume_products if sizes.by_product else consume_halves
 
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dkv_ref, dbias_ref, *, scratch):
         (k_smem, v_smem, meta_smem, q_smem, do_smem, stats_smem, out_smem, bias_smem), barriers = scratch
         own, q_full, do_full, stats_full, q_free, do_free, stats_free = barriers
         # The last axis of the grid runs fastest: the first tiles, which most queries see, begin first.
-        tile, item, kv_head = lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
+        tile, item, line = lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("line")
+        kv_head = lax.div(line, jnp.int32(parts))
         thread = lax.axis_index("thread")
         epoch_first = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.epoch_size
         first_tile, lead, whole, count = (walks_ref[item, kv_head, n, tile] for n in range(4))
         whole_steps, steps = group * whole, group * count
 
         def place(number):
-            """(head of the group, query tile of the epoch) of a step: tiles seen whole by all heads first."""
+            """(head of the part, query tile of the epoch) of a step: tiles seen whole by all heads first."""
             early = number < whole_steps
             index = jnp.where(early, number, number - whole_steps)
             each = jnp.maximum(jnp.where(early, whole, count - whole), 1)
@@ -111,8 +121,8 @@ def key_gradients(
                 v_ref.at[item, at, kv_head],
                 meta_ref.at[item, kv_head, :, at],
             ),
-            gradients=lambda at, columns: dkv_ref.at[item, at, kv_head, columns],
-            bias_gradient=lambda at: dbias_ref.at[item, kv_head, at],
+            gradients=lambda at, columns: dkv_ref.at[item, at, line, columns],
+            bias_gradient=lambda at: dbias_ref.at[item, line, at],
             first=tile * block_k,
             tiles=(k_smem, v_smem, meta_smem),
             loaded=own,
@@ -132,7 +142,7 @@ def key_gradients(
 
             def copies(number):
                 member, query_tile = place(number)
-                head = kv_head * group + member
+                head = line * group + member
                 at = pl.ds(epoch_first + query_tile * block_q, block_q)
                 return (
                     (q_ref.at[item, at, head], q_smem, q_full, q_free),
@@ -142,13 +152,17 @@ def key_gradients(
 
             produce(0, steps, copies)
 
-    return warp_specialized(
+    gradients, bias_gradient = warp_specialized(
         body,
         sizes.scratch(query.dtype),
         out_type=[
-            jax.ShapeDtypeStruct((batch, length, kv_heads, 2 * dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, kv_heads, length), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, kv_heads * parts, 2 * dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads * parts, length), jnp.float32),
         ],
-        grid=(length // block_k, batch, kv_heads),
-        grid_names=("tile", "batch", "head"),
+        grid=(length // block_k, batch, kv_heads * parts),
+        grid_names=("tile", "batch", "line"),
     )(query, dout, stats, rows.key, rows.value, rows.meta, walks)
+    if parts > 1:
+        gradients = gradients.reshape(batch, length, kv_heads, parts, 2 * dim).sum(3)
+        bias_gradient = bias_gradient.reshape(batch, kv_heads, parts, length).sum(2)
+    return gradients, bias_gradient

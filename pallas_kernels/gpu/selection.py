@@ -50,7 +50,8 @@ def select(
     starts = jnp.broadcast_to(position, gate.shape)
     hidden = jnp.isneginf(gate)
     if min(windows) >= length:
-        return Intervals(starts, jnp.where(hidden, position, jnp.broadcast_to(end[:, None], gate.shape)))
+        whole = jnp.broadcast_to(end[:, None], gate.shape)
+        return Intervals(starts, jnp.where(hidden, position, whole), starts_at_key=True)
     listed = max(windows) + blocks.epoch < length
     size = blocks.epoch if listed else min(blocks.epoch, max(LEAF, 1 << (length - 1).bit_length()))
     if size % LEAF or size & (size - 1):
@@ -78,7 +79,7 @@ def select(
     lists = None
     if listed:
         lists = epoch_lists(tree, order, prefixes, expiry, length=length, queries=queries, front=front, blocks=blocks)
-    return Intervals(starts, expiry, lists)
+    return Intervals(starts, expiry, lists, starts_at_key=True)
 
 
 def _orders(gate: Float[Array, "B K S"], front: int, padded: int) -> Int32[Array, "R P"]:

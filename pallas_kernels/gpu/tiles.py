@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.contract import EpochLists, Intervals
 from pallas_kernels.gpu.gathers import gathered
@@ -31,6 +32,7 @@ class Rows:
     meta: bias in base 2, first position that sees the row, first that no longer does.
     carried: slots of each list's first part, 0 in the identity layout, whose one list is all keys in order.
     epoch_size: queries of a list; all of them in the identity layout.
+    offset: in an identity layout whose row n is visible from position n - offset on, that number; else None.
     """
 
     key: Float[Array, "B R K D"]
@@ -40,15 +42,24 @@ class Rows:
     capacity: int
     carried: int
     epoch_size: int
+    offset: int | None = None
 
-    def tiled(self, which: int, size: int) -> Float[Array, "B K E tiles size"]:
-        """Row `which` of meta, by list and tile."""
+    def starts(self, size: int) -> tuple[Float[Array, "B K E tiles"], Float[Array, "B K E tiles"]]:
+        """The earliest and the latest first position of each tile of `size` rows."""
+        return self._bounds(1, size)
+
+    def ends(self, size: int) -> tuple[Float[Array, "B K E tiles"], Float[Array, "B K E tiles"]]:
+        """The earliest and the latest end of each tile of `size` rows."""
+        return self._bounds(2, size)
+
+    def _bounds(self, which: int, size: int) -> tuple[jax.Array, jax.Array]:
         part = self.meta[:, :, which]
-        return part.reshape(*part.shape[:2], self.epochs, self.capacity // size, size)
+        part = part.reshape(*part.shape[:2], self.epochs, self.capacity // size, size)
+        return part.min(-1), part.max(-1)
 
 
 jax.tree_util.register_dataclass(
-    Rows, data_fields=["key", "value", "meta"], meta_fields=["epochs", "capacity", "carried", "epoch_size"]
+    Rows, data_fields=["key", "value", "meta"], meta_fields=["epochs", "capacity", "carried", "epoch_size", "offset"]
 )
 
 
@@ -72,7 +83,7 @@ def gather_rows(
     queries: int,
 ) -> Rows:
     """The rows of every epoch's list, or all keys once in the identity layout."""
-    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    finite = (jnp.isfinite(key) & jnp.isfinite(value)).all(-1)
     bias = jnp.where(finite, bias * LOG2E, jnp.nan)
     if intervals.lists is None:
         key, value = (jnp.where(finite[..., None], array, 0) for array in (key, value))
@@ -83,8 +94,9 @@ def gather_rows(
 def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
     """The identity layout: keys and values as they are, but for whole tiles."""
     length = key.shape[1]
+    offset = length - queries
     epoch_size = padded_length(queries)
-    bounds = (jnp.moveaxis(array, 1, 2) - (length - queries) for array in (intervals.start, intervals.end))
+    bounds = (jnp.moveaxis(array, 1, 2) - offset for array in (intervals.start, intervals.end))
     start, end = (jnp.clip(array, -1, epoch_size + 1) for array in bounds)
 
     def whole(array, fill: int):
@@ -93,7 +105,8 @@ def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
 
     columns = (whole(bias, 0), whole(start, epoch_size + 1), whole(end, -1))
     meta = jnp.stack([jnp.moveaxis(column.astype(jnp.float32), 1, 2) for column in columns], axis=2)
-    return Rows(whole(key, 0), whole(value, 0), meta, 1, meta.shape[3], 0, epoch_size)
+    known = offset if intervals.starts_at_key else None
+    return Rows(whole(key, 0), whole(value, 0), meta, 1, meta.shape[3], 0, epoch_size, known)
 
 
 def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, queries: int) -> Rows:
@@ -145,47 +158,60 @@ def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 ti
     parts are visited from their first tile on. The identity layout has one part, which may begin late (packed
     documents) and counts whole tiles only from the row's very start.
     """
-    tiles = padded_length(queries) // BLOCK_Q
-    first = jnp.arange(rows.epoch_size // BLOCK_Q, dtype=jnp.float32) * BLOCK_Q
-    last = first + BLOCK_Q - 1
-    start, end = rows.tiled(1, block_k), rows.tiled(2, block_k)
-    earliest_start, latest_start, earliest_end, latest_end = start.min(-1), start.max(-1), end.min(-1), end.max(-1)
-
-    def count(bounds, limit, side):
-        """How many of ascending bounds [B, K, E, tiles] lie below each limit; at it, too, for side "right"."""
-        flat = bounds.reshape(-1, bounds.shape[-1])
-        # Few bounds and few limits: one comparison of all beats a loop of tiny kernels.
-        found = jax.vmap(lambda row: jnp.searchsorted(row, limit, side=side, method="compare_all"))(flat)
-        return found.reshape(*bounds.shape[:-1], -1).astype(jnp.int32)
-
-    split = rows.carried // block_k
+    tiles, split = padded_length(queries) // BLOCK_Q, rows.carried // block_k
+    first = BLOCK_Q * np.arange(rows.epoch_size // BLOCK_Q, dtype=np.int32)
+    last = first + (BLOCK_Q - 1)
+    # Tiles of queries before tiles of keys.
+    first_query, last_query = (place.astype(np.float32)[:, None] for place in (first, last))
+    earliest_end, latest_end = (end[..., None, :] for end in rows.ends(block_k))
     if split:
-        falling_latest, falling_earliest = (-array[..., :split] for array in (latest_end, earliest_end))
-        whole = count(falling_earliest, -last, "left")
-        carried = count(falling_latest, -first, "left")
+        earliest_start = rows.starts(block_k)[0][..., None, split:]
+        whole = _before_first(earliest_end[..., :split] <= last_query)
+        carried = _after_last(latest_end[..., :split] > first_query)
         skipped = split - carried
-        entering = count(jax.lax.cummin(earliest_start[..., split:], axis=3, reverse=True), last, "right")
-        visited = carried + entering
+        visited = carried + _after_last(earliest_start <= last_query)
     else:
-        skipped = count(jax.lax.cummax(latest_end, axis=3), first, "right")
-        until = count(jax.lax.cummin(earliest_start, axis=3, reverse=True), last, "right")
+        if rows.offset is None:
+            earliest_start, latest_start = (start[..., None, :] for start in rows.starts(block_k))
+            until = _after_last(earliest_start <= last_query)
+            begun = _before_first(latest_start > first_query)
+        else:
+            until = np.minimum((last + rows.offset) // block_k + 1, -(-(rows.offset + queries) // block_k))
+            begun = (first + rows.offset + 1) // block_k
+        skipped = _before_first(latest_end > first_query)
         visited = jnp.maximum(until - skipped, 0)
         carried = jnp.zeros_like(visited)
-        begun = count(jax.lax.cummax(latest_start, axis=3), first, "right")
-        outlives = count(-jax.lax.cummin(earliest_end, axis=3), -last, "left")
+        outlives = _before_first(earliest_end <= last_query)
         whole = jnp.where(skipped == 0, jnp.minimum(jnp.minimum(begun, outlives), visited), 0)
     runs = jnp.stack([whole, carried, skipped, visited], axis=2)
     return runs.reshape(*runs.shape[:3], -1)[..., :tiles]
 
 
+def _before_first(found: Bool[Array, "*n tiles"]) -> Int32[Array, "*n"]:
+    """How many tiles stand before the first that is found."""
+    place = np.arange(found.shape[-1], dtype=np.int32)
+    return jnp.where(found, place, np.int32(found.shape[-1])).min(-1)
+
+
+def _after_last(found: Bool[Array, "*n tiles"]) -> Int32[Array, "*n"]:
+    """How many tiles it takes from the first on to have all that are found."""
+    place = np.arange(1, found.shape[-1] + 1, dtype=np.int32)
+    return jnp.where(found, place, np.int32(0)).max(-1)
+
+
 def key_walks(rows: Rows, block_k: int, block_q: int) -> Int32[Array, "B K 4 tiles"]:
     """Which tiles of block_q queries of its epoch each tile of keys visits: the first, how many before those that see
     it whole, how many see it whole, how many in all."""
-    start, end = rows.tiled(1, block_k), rows.tiled(2, block_k)
-    start, end = jnp.maximum(start, 0), jnp.clip(end, 0, rows.epoch_size)
-    first, until = jnp.floor(start.min(-1) / block_q), jnp.ceil(end.max(-1) / block_q)
+    earliest_end, latest_end = (jnp.clip(end, 0, rows.epoch_size) for end in rows.ends(block_k))
+    if rows.offset is None:
+        earliest_start, latest_start = (jnp.maximum(start, 0) for start in rows.starts(block_k))
+    else:
+        place = block_k * np.arange(rows.capacity // block_k, dtype=np.float32) - rows.offset
+        place = np.broadcast_to(place, latest_end.shape)
+        earliest_start, latest_start = np.maximum(place, 0), np.maximum(place + (block_k - 1), 0)
+    first, until = jnp.floor(earliest_start / block_q), jnp.ceil(latest_end / block_q)
     visited = jnp.maximum(until - first, 0)
-    begun, outlives = jnp.ceil(start.max(-1) / block_q), jnp.floor(end.min(-1) / block_q)
+    begun, outlives = jnp.ceil(latest_start / block_q), jnp.floor(earliest_end / block_q)
     whole = jnp.maximum(outlives - begun, 0)
     walks = jnp.stack([first, begun - first, whole, visited], axis=2).astype(jnp.int32)
     return walks.reshape(*walks.shape[:3], -1)

@@ -31,7 +31,7 @@ def select(
     listed = max(windows) + blocks.epoch < length
     if min(windows) >= length:
         whole = jnp.maximum(jnp.broadcast_to(end[:, None], gate.shape), position)
-        return Intervals(starts, jnp.where(jnp.isneginf(gate), position, whole))
+        return Intervals(starts, jnp.where(jnp.isneginf(gate), position, whole), starts_at_key=True)
     windows = tuple(min(window, length) for window in windows)
     unit = blocks.granule if listed else 2 * LANES
     carried = -(-max(windows) // unit) * unit
@@ -74,7 +74,7 @@ def select(
 
     expiry = jnp.maximum(jnp.minimum(by_head(dies), end[:, None]), position)
     if not listed:
-        return Intervals(starts, expiry)
+        return Intervals(starts, expiry, starts_at_key=True)
     capacity = -(-(carried + size) // blocks.granule) * blocks.granule
     missing = capacity - carried - size
 
@@ -92,7 +92,7 @@ def select(
         epoch_size=size,
         carried=carried,
     )
-    return Intervals(starts, expiry, lists)
+    return Intervals(starts, expiry, lists, starts_at_key=True)
 
 
 def ordered(gate: Float[Array, "*n"]) -> Int32[Array, "*n"]:
