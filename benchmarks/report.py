@@ -197,8 +197,14 @@ def masks(name: str, content: dict[str, Any], figures: Path) -> str:
             f"| {row.get('text', '')} | {row['name']} | {row['length']:,} | {row['density']:.1%} | "
             f"{row['perplexity']:.2f} | {row['kl']:.3f} | {row['agreement']:.1%} |"
         )
-    found = f"\n{retrieve.table(content['retrieval'])}\n" if content.get("retrieval") else ""
-    return f"{content['model']} on {content['device']}.\n\n" + "\n".join(lines) + f"\n{found}"
+    parts = [f"{content['model']} on {content['device']}."]
+    if lines:
+        parts.append("\n".join(lines))
+    if content.get("retrieval"):
+        counts = {row["questions"] for row in content["retrieval"] if "questions" in row}
+        parts += [f"Right answers, of {count} to each length:" for count in sorted(counts)]
+        parts.append(retrieve.table(content["retrieval"]))
+    return "\n\n".join(parts) + "\n"
 
 
 def mask_sweep(name: str, content: dict[str, Any], figures: Path) -> str:

@@ -6,9 +6,12 @@ import glob
 import importlib.util
 import os
 import secrets
+import shutil
+from pathlib import Path
 
 import jax
 import pytest
+import quick_compilation
 from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked in every module whose own errors do not come first.
@@ -24,6 +27,10 @@ install_import_hook(
 )
 
 
+MOST_COMPILED = 1 << 30
+"""Bytes of compiled programs that sessions leave to later ones."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Workers of pytest-xdist inherit the environment, so all of them draw from the seed in the report's header.
     seed = os.environ.setdefault("DMATTN_TEST_SEED", str(secrets.randbits(32)))
@@ -36,7 +43,22 @@ def pytest_configure(config: pytest.Config) -> None:
     # The default tests are nearly all compilation, so they compile without optimisation; the slow ones compile as a
     # user does. Workers and child processes inherit this; whoever sets XLA_FLAGS decides for himself.
     if "not slow" in config.option.markexpr:
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        os.environ.setdefault("XLA_FLAGS", quick_compilation.FLAGS)
+    # Each program is compiled once, for all workers, child processes and later sessions.
+    if hasattr(config, "cache"):
+        _keep_compiled_programs(config.cache.mkdir("compiled"))
+
+
+def _keep_compiled_programs(folder: Path) -> None:
+    if sum(path.stat().st_size for path in folder.iterdir()) > MOST_COMPILED:
+        shutil.rmtree(folder)
+    for name, value in (
+        ("jax_compilation_cache_dir", str(folder)),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
+import quick_compilation
 
 from dmattn_jax.models.config import DogeConfig
 from train.config import CheckpointConfig, DataConfig, LogConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -72,31 +69,9 @@ def small_config(folder: Path, name: str = "small", **changes: object) -> TrainC
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
-@contextlib.contextmanager
-def compile_cache(folder: Path) -> Iterator[None]:
-    """Within it this process and its children compile each program once: a run again is a run of a second."""
-    names = {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-        compilation_cache.reset_cache()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def environment(devices: int | None = None) -> dict[str, str]:
     """For a child process on the CPU; one with several devices compiles in less time, to slower programs."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{quick_compilation.FLAGS} --xla_force_host_platform_device_count={devices}"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         **({"XLA_FLAGS": flags} if devices else {}),

@@ -15,7 +15,7 @@ import urllib.request
 from dataclasses import replace
 
 import pytest
-from small_run import ROOT, compile_cache, environment, small_config
+from small_run import ROOT, environment, small_config
 
 from configs import PRESETS
 from train import cli, config_json
@@ -23,12 +23,6 @@ from train.config import MeshConfig, TrainConfig
 from train.errors import ConfigError
 from train.loop import run
 from train.plan import compile_step, describe, plan_memory
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

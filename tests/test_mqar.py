@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_run import compile_cache
 
 from configs.mqar import SWEEPS
 from dmattn_jax.oracle import visible_keys_oracle
@@ -164,8 +163,7 @@ def test_a_cell_has_its_numbers_and_is_not_trained_twice(tmp_path):
     assert make_programs(config).steps == 12
     assert make_programs(dataclasses.replace(config, steps=4)).steps == 6, "whole calls of three steps"
     assert make_programs(dataclasses.replace(config, steps=40)).steps == 12
-    with compile_cache(tmp_path / "cache"):
-        result = train_cell(config, tmp_path, Deadline(None)).result
+    result = train_cell(config, tmp_path, Deadline(None)).result
     assert result is not None
     # The first test reaches so low a target.
     assert (result["stopped"], result["steps"]) == ("target", 9)
@@ -180,14 +178,13 @@ def test_a_cell_has_its_numbers_and_is_not_trained_twice(tmp_path):
 def test_a_cell_stopped_and_continued_is_the_cell_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(mqar_cell, "SECONDS_BETWEEN_SAVES", 0.0)
     config = resolve(dataclasses.replace(TINY, num_layers=1))
-    with compile_cache(tmp_path / "cache"):
-        whole = train_cell(config, tmp_path / "whole", Deadline(None)).result
-        # Stopped in the second epoch, and between two tests; the checkpoint of the first test is older.
-        first = train_cell(config, tmp_path / "parts", Calls(6))
-        assert first.result is None
-        assert (tmp_path / "parts" / config.name / "checkpoints" / "18").is_dir()
-        parts = train_cell(config, tmp_path / "parts", Deadline(None)).result
-        timed = train_cell(dataclasses.replace(config, minutes=1e-9), tmp_path / "short", Deadline(None)).result
+    whole = train_cell(config, tmp_path / "whole", Deadline(None)).result
+    # Stopped in the second epoch, and between two tests; the checkpoint of the first test is older.
+    first = train_cell(config, tmp_path / "parts", Calls(6))
+    assert first.result is None
+    assert (tmp_path / "parts" / config.name / "checkpoints" / "18").is_dir()
+    parts = train_cell(config, tmp_path / "parts", Deadline(None)).result
+    timed = train_cell(dataclasses.replace(config, minutes=1e-9), tmp_path / "short", Deadline(None)).result
     assert whole is not None
     assert whole["stopped"] == "epochs"
     assert whole["steps"] == 30

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_run import compile_cache
 
 from dmattn_jax.models.config import DogeConfig
 from train import step
@@ -147,12 +146,6 @@ def test_auto_is_the_step_law_at_20_tokens_a_parameter():
 def test_auto_batch_with_given_steps_solves_the_step_law():
     plan = resolve(TrainConfig(model=MODEL, batch_size="auto", steps=4001, sequence_length=13), shards=1)
     assert plan.batch_size * 13 == pytest.approx(step_law_batch_tokens(plan.tokens), rel=0.05)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_run import compile_cache, small_config
+from small_run import small_config
 
 from configs.scaling import LADDER_20M
 from train import cli
@@ -192,17 +192,16 @@ def test_a_ladder_stopped_and_continued(tmp_path, monkeypatch, capsys):
             return self.left <= 0
 
     monkeypatch.setattr(scaling, "Deadline", Soon)
-    with compile_cache(tmp_path / "cache"):
-        assert scaling.run_ladder(sweep, output, 1.0) == 0
-        first = json.loads((output / "results.json").read_text())["runs"]
-        assert [run["name"] for run in first] == ["1x16_mha_s0"]
-        assert "because time was up after step" in capsys.readouterr().out
-        assert scaling.run_ladder(sweep, output, None) == 0
-        runs = json.loads((output / "results.json").read_text())["runs"]
-        assert len(runs) == 2
-        assert runs[0] == first[0]
-        assert "resuming from step" in capsys.readouterr().out
-        assert scaling.run_ladder(sweep, output, None) == 0
+    assert scaling.run_ladder(sweep, output, 1.0) == 0
+    first = json.loads((output / "results.json").read_text())["runs"]
+    assert [run["name"] for run in first] == ["1x16_mha_s0"]
+    assert "because time was up after step" in capsys.readouterr().out
+    assert scaling.run_ladder(sweep, output, None) == 0
+    runs = json.loads((output / "results.json").read_text())["runs"]
+    assert len(runs) == 2
+    assert runs[0] == first[0]
+    assert "resuming from step" in capsys.readouterr().out
+    assert scaling.run_ladder(sweep, output, None) == 0
     for run in runs:
         assert run["steps"] == 6
         assert run["tokens"] == 6 * 4 * 29

@@ -111,8 +111,6 @@ for steps, mesh in ((4, MeshConfig(2, 2, 2)), (6, MeshConfig(1, 2, 1)), (8, Mesh
 
 @pytest.mark.slow
 def test_a_run_of_8_devices_resumes_on_2_and_goes_on_as_if_nothing_had_been(tmp_path):
-    from small_run import compile_cache
-
     from train.config_json import to_json
     from train.loop import run
     from train.metrics_file import read_metrics
@@ -127,8 +125,7 @@ def test_a_run_of_8_devices_resumes_on_2_and_goes_on_as_if_nothing_had_been(tmp_
         [sys.executable, "-c", RESUME, str(path)], env=environment(8), capture_output=True, text=True, check=False
     )
     assert child.returncode == 0, child.stderr[-3000:]
-    with compile_cache(tmp_path / "compiled"):
-        run(replace(config, name="staying", steps=8))
+    run(replace(config, name="staying", steps=8))
     moving, staying = (read_metrics(tmp_path / "runs" / name / "metrics.csv") for name in ("moving", "staying"))
     assert [row["step"] for row in moving] == [row["step"] for row in staying]
     for one, other in zip(moving[1:], staying[1:], strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_run import STEPS, compile_cache, small_config, start
+from small_run import STEPS, small_config, start
 
 from train import step as step_module
 from train.checkpoint import newest_intact, steps_in
@@ -23,12 +23,6 @@ from train.loop import run
 from train.manifest import read_manifest
 from train.run_directory import RunDirectory
 from train.run_files import load_trained
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,9 @@ def retrieve(
 ) -> Iterator[dict[str, Any]]:
     """Every question of the grid to the dense model, the masked one, and rivals of its density at each length.
 
-    Writes `<attention>/needle.json`, `longeval.json` and their pictures below output. Gives task, attention, lengths
-    and accuracy per length of each as soon as it is known; what the deadline leaves out is not among them.
+    Writes `<attention>/needle.json`, `longeval.json` and their pictures below output. Gives task, attention, lengths,
+    accuracy per length and questions to each of them as soon as they are known; what the deadline leaves out is not
+    among them.
     """
     grid.check()
     tokenizer = opened.tokenizer
@@ -52,7 +53,13 @@ def retrieve(
             title = f"{opened.name}, {name.replace('_', ' ')}"
             result = measure(task, title, ask, _by_length(own), is_right, grid, output / name, deadline)
             accuracy = [sum(row) / len(row) for row in result.get("accuracy", ())]
-            yield {"task": task, "name": name, "lengths": result.get("lengths", []), "accuracy": accuracy}
+            yield {
+                "task": task,
+                "name": name,
+                "lengths": result.get("lengths", []),
+                "accuracy": accuracy,
+                "questions": len(grid.depths) * grid.trials,
+            }
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
