@@ -95,9 +95,14 @@ def recall(name: str, results: list[dict[str, Any]], figures: Path) -> str:
     seeds = sorted({result["config"]["seed"] for result in results})
     stops = collections.Counter(result["stopped"] for result in results)
     steps = sorted(result["steps"] for result in results)
+    windows, margins = (
+        ", ".join(f"{value:,}" for value in sorted({result["config"].get(field, 0) for result in results}))
+        for field in ("window", "gate_step")
+    )
     said = (
         f"{len(results)} cells on {_devices(results)}, seeds {', '.join(map(str, seeds))}, {steps[0]:,} to "
-        f"{steps[-1]:,} steps; stopped by {', '.join(f'{why} ({count})' for why, count in sorted(stops.items()))}."
+        f"{steps[-1]:,} steps; stopped by {', '.join(f'{why} ({count})' for why, count in sorted(stops.items()))}. "
+        f"Windows of {windows} keys, margin in δ {margins}."
     )
     return f"{said}\n\n{mqar_sweep.tables(results)}\n{_picture(name, 'Accuracy against width')}"
 
