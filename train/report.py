@@ -11,7 +11,6 @@ import numpy as np
 from dmattn_jax.generation import generate
 from dmattn_jax.io.tokenizers import Tokenizer
 from dmattn_jax.models.config import DogeConfig
-from dmattn_jax.selection import select_keys
 from train.config import TrainConfig
 from train.evaluate import Evaluation
 from train.metrics_file import read_metrics
@@ -58,12 +57,10 @@ def make_expiry_function(skeleton: Skeleton) -> ExpiryFunction:
 
     Compiled once for each length of text.
     """
-    windows = windows_of(skeleton.config)
 
     @jax.jit
     def compute(params: Mapping[str, jax.Array], tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        gates = skeleton.merge(params).gates(tokens, segments)
-        return jax.lax.map(lambda gate: select_keys(gate, windows, segments)[0], gates)
+        return skeleton.merge(params).lifetimes(tokens, segments)[:, 0]
 
     return lambda params, tokens, segments: np.asarray(compute(params, tokens[None], segments[None]))
 

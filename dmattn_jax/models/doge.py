@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from dmattn_jax import nn
 from dmattn_jax.models.config import DogeConfig
@@ -80,12 +81,24 @@ class DogeForCausalLM(CausalDecoder):
 
         Raises: ValueError unless the model's attention is "dma".
         """
+        return self._of_gates(tokens, segment_ids, lambda attention, gates: gates)
+
+    def lifetimes(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Int32[Array, "L B T K"]:
+        """The masks: of every layer, key and kv head the first position that no longer sees the key.
+
+        Raises: ValueError unless the model's attention is "dma".
+        """
+        return self._of_gates(tokens, segment_ids, lambda attention, gates: attention.lifetimes(gates, segment_ids))
+
+    def _of_gates(self, tokens, segment_ids, function: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:
         if self.config.attention != "dma":
             raise ValueError(f"gates exist only in a model with attention='dma', got {self.config.attention!r}")
 
         def block(layer: DogeBlock, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            gate = layer.attention.gates(layer.attention_norm(x))
-            return layer(x, segment_ids)[0], gate
+            found = function(layer.attention, layer.attention.gates(layer.attention_norm(x)))
+            return layer(x, segment_ids)[0], found
 
         return self._scan(block, self.embed(tokens))[1]
 

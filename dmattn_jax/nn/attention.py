@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from dmattn_jax.attention import causal_attention, dynamic_mask_attention, sliding_window_attention
 from dmattn_jax.cache import DenseCache, WindowCache, token_positions
@@ -27,6 +27,7 @@ from dmattn_jax.nn.gate import DynamicMaskGate, GateActivation
 from dmattn_jax.nn.norms import RMSNorm
 from dmattn_jax.nn.rope import RopeScaling, apply_rope
 from dmattn_jax.partitioning import normal, parameter
+from dmattn_jax.selection import select_keys
 from dmattn_jax.validation import check_window
 
 
@@ -269,6 +270,12 @@ class DynamicMaskAttention(SlidingWindowAttention):
     def gates(self, x: Float[Array, "B T M"]) -> Float[Array, "B T K"]:
         """δ of every position, as the layer would use it: float32."""
         return self.gate(self._values(x.astype(self.dtype)))
+
+    def lifetimes(
+        self, gates: Float[Array, "B T K"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Int32[Array, "B T K"]:
+        """The mask that `gates` make: of every key the first position that no longer sees it, as `select_keys` says."""
+        return select_keys(gates, self.windows, segment_ids)
 
     def _values(self, x: jax.Array) -> jax.Array:
         # Equal tokens must have equal gates in prefill and in decoding, or ties are broken by rounding.

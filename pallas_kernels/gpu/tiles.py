@@ -25,6 +25,9 @@ GRANULE = 128
 """Slots that the parts of a list are multiples of: the most keys of a tile."""
 
 
+Bounds = Float[Array, "B K E tiles"] | Float[np.ndarray, "tiles"]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows [B, R, K, D] of `epochs` lists of `capacity` slots, one after the other; R = epochs · capacity.
@@ -44,9 +47,12 @@ class Rows:
     epoch_size: int
     offset: int | None = None
 
-    def starts(self, size: int) -> tuple[Float[Array, "B K E tiles"], Float[Array, "B K E tiles"]]:
-        """The earliest and the latest first position of each tile of `size` rows."""
-        return self._bounds(1, size)
+    def starts(self, size: int) -> tuple[Bounds, Bounds]:
+        """The earliest and the latest first position of each tile of `size` rows; numbers where they are known."""
+        if self.offset is None:
+            return self._bounds(1, size)
+        first = size * np.arange(self.capacity // size, dtype=np.float32) - self.offset
+        return first, first + (size - 1)
 
     def ends(self, size: int) -> tuple[Float[Array, "B K E tiles"], Float[Array, "B K E tiles"]]:
         """The earliest and the latest end of each tile of `size` rows."""
@@ -164,51 +170,42 @@ def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 ti
     # Tiles of queries before tiles of keys.
     first_query, last_query = (place.astype(np.float32)[:, None] for place in (first, last))
     earliest_end, latest_end = (end[..., None, :] for end in rows.ends(block_k))
+    earliest_start, latest_start = (start[..., None, :] for start in rows.starts(block_k))
     if split:
-        earliest_start = rows.starts(block_k)[0][..., None, split:]
         whole = _before_first(earliest_end[..., :split] <= last_query)
         carried = _after_last(latest_end[..., :split] > first_query)
         skipped = split - carried
-        visited = carried + _after_last(earliest_start <= last_query)
+        visited = carried + _after_last(earliest_start[..., split:] <= last_query)
     else:
-        if rows.offset is None:
-            earliest_start, latest_start = (start[..., None, :] for start in rows.starts(block_k))
-            until = _after_last(earliest_start <= last_query)
-            begun = _before_first(latest_start > first_query)
-        else:
-            until = np.minimum((last + rows.offset) // block_k + 1, -(-(rows.offset + queries) // block_k))
-            begun = (first + rows.offset + 1) // block_k
         skipped = _before_first(latest_end > first_query)
-        visited = jnp.maximum(until - skipped, 0)
+        begun, alive = _after_last(earliest_start <= last_query), _after_last(latest_end > first_query)
+        visited = jnp.maximum(jnp.minimum(begun, alive) - skipped, 0)
         carried = jnp.zeros_like(visited)
-        outlives = _before_first(earliest_end <= last_query)
-        whole = jnp.where(skipped == 0, jnp.minimum(jnp.minimum(begun, outlives), visited), 0)
+        wholly = jnp.minimum(_before_first(latest_start > first_query), _before_first(earliest_end <= last_query))
+        whole = jnp.where(skipped == 0, jnp.minimum(wholly, visited), 0)
     runs = jnp.stack([whole, carried, skipped, visited], axis=2)
     return runs.reshape(*runs.shape[:3], -1)[..., :tiles]
 
 
-def _before_first(found: Bool[Array, "*n tiles"]) -> Int32[Array, "*n"]:
+def _before_first(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
     """How many tiles stand before the first that is found."""
-    place = np.arange(found.shape[-1], dtype=np.int32)
-    return jnp.where(found, place, np.int32(found.shape[-1])).min(-1)
+    where = np.where if isinstance(found, np.ndarray) else jnp.where
+    return where(found, np.arange(found.shape[-1], dtype=np.int32), np.int32(found.shape[-1])).min(-1)
 
 
-def _after_last(found: Bool[Array, "*n tiles"]) -> Int32[Array, "*n"]:
+def _after_last(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
     """How many tiles it takes from the first on to have all that are found."""
-    place = np.arange(1, found.shape[-1] + 1, dtype=np.int32)
-    return jnp.where(found, place, np.int32(0)).max(-1)
+    where = np.where if isinstance(found, np.ndarray) else jnp.where
+    return where(found, np.arange(1, found.shape[-1] + 1, dtype=np.int32), np.int32(0)).max(-1)
 
 
 def key_walks(rows: Rows, block_k: int, block_q: int) -> Int32[Array, "B K 4 tiles"]:
     """Which tiles of block_q queries of its epoch each tile of keys visits: the first, how many before those that see
     it whole, how many see it whole, how many in all."""
     earliest_end, latest_end = (jnp.clip(end, 0, rows.epoch_size) for end in rows.ends(block_k))
-    if rows.offset is None:
-        earliest_start, latest_start = (jnp.maximum(start, 0) for start in rows.starts(block_k))
-    else:
-        place = block_k * np.arange(rows.capacity // block_k, dtype=np.float32) - rows.offset
-        place = np.broadcast_to(place, latest_end.shape)
-        earliest_start, latest_start = np.maximum(place, 0), np.maximum(place + (block_k - 1), 0)
+    earliest_start, latest_start = (
+        jnp.broadcast_to(jnp.maximum(start, 0), latest_end.shape) for start in rows.starts(block_k)
+    )
     first, until = jnp.floor(earliest_start / block_q), jnp.ceil(latest_end / block_q)
     visited = jnp.maximum(until - first, 0)
     begun, outlives = jnp.ceil(latest_start / block_q), jnp.floor(earliest_end / block_q)

@@ -20,7 +20,12 @@ from train.checkpoint import newest_intact, restore_parameters
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.experiments.ablation_config import MEANINGS, NAMES, AblationCell, AblationName, AblationSweep
-from train.experiments.ablation_layers import AblatedDoge, EarlierFirstAttention, HiddenGateAttention
+from train.experiments.ablation_layers import (
+    AblatedDoge,
+    EarlierFirstAttention,
+    HalfRecentAttention,
+    HiddenGateAttention,
+)
 from train.experiments.ablation_measures import measure_distances
 from train.experiments.cells import train_missing
 from train.experiments.deadline import Deadline
@@ -34,9 +39,13 @@ from train.plots import INK, plot_masks, save_figure
 from train.report import PICTURE_TOKENS, make_expiry_function, windows_of
 
 MEASURED_ROWS = 8
-LAYERS = {"earlier_ties": EarlierFirstAttention, "hidden_gate": HiddenGateAttention}
+LAYERS = {
+    "earlier_ties": EarlierFirstAttention,
+    "hidden_gate": HiddenGateAttention,
+    "half_recent": HalfRecentAttention,
+}
 COLOURS: dict[AblationName, str] = dict(
-    zip(NAMES, ("#f08a24", "#8a94a6", "#3d7ea6", "#6a994e", "#8d5a97", "#b23a48", "#2a9d8f"), strict=True)
+    zip(NAMES, ("#f08a24", "#8a94a6", "#3d7ea6", "#6a994e", "#8d5a97", "#b23a48", "#2a9d8f", "#1d3557"), strict=True)
 )
 
 

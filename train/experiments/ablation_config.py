@@ -13,7 +13,7 @@ from train.errors import ConfigError
 from train.experiments.base import on_real_text
 from train.resolve import resolve
 
-AblationName = Literal["dma", "swa", "earlier_ties", "linear_gate", "windows", "hidden_gate", "margin"]
+AblationName = Literal["dma", "swa", "earlier_ties", "linear_gate", "windows", "hidden_gate", "margin", "half_recent"]
 NAMES: tuple[AblationName, ...] = get_args(AblationName)
 MARGIN = 0.1
 
@@ -24,6 +24,7 @@ MEANINGS: dict[AblationName, str] = {
     "linear_gate": "δ = A · softplus(v · Δ), without the exp",
     "windows": "a window for each kv head, from w/2 to 3w/2",
     "hidden_gate": "gate from the layer's input instead of its values",
+    "half_recent": "half of the window for the last keys, half for chosen ones",
     "margin": f"δ rounded to multiples of {MARGIN} (gate_step)",
 }
 

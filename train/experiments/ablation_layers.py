@@ -8,20 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from dmattn_jax import nn
 from dmattn_jax.attention import choose_intervals, dynamic_mask_attention
 from dmattn_jax.dispatch import choose_implementation
-from dmattn_jax.documents import document_bounds, document_positions
+from dmattn_jax.documents import Documents, document_bounds, document_positions
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 from dmattn_jax.models.decoder import CausalDecoder
 from dmattn_jax.models.doge import DogeBlock
 from dmattn_jax.nn.attend import attend
 from dmattn_jax.partitioning import normal, parameter
 from dmattn_jax.permutation import inverse
+from dmattn_jax.selection import choose_keys, last_keys
 from dmattn_jax.validation import check_window
-from pallas_kernels import interval_attention
+from pallas_kernels import Intervals, interval_attention
 
 
 def earlier_first(gate: Float[Array, "B S K"]) -> Float[Array, "B S K"]:
@@ -52,6 +53,10 @@ def earlier_first_attention(
     blocks = backend.block_sizes(length, length, max(windows), query.shape[3], query.dtype)
     ranked = jnp.moveaxis(earlier_first(gate), 2, 1)
     intervals = choose_intervals(ranked, windows, documents, length, backend, blocks)
+    return _through(intervals, documents, query, key, value, gate, backend, blocks)
+
+
+def _through(intervals: Intervals, documents: Documents, query, key, value, gate, backend, blocks) -> jax.Array:
     token = documents.token[:, :, None, None]
     query = jnp.where(token, query, 0)
     out = interval_attention(query, key, value, gate, intervals, backend, query.shape[3] ** -0.5, blocks)
@@ -71,6 +76,53 @@ class EarlierFirstAttention(nn.DynamicMaskAttention):
 
     def decode(self, x, cache, segment_ids=None):
         raise NotImplementedError("earlier_ties is trained and measured on whole texts, not decoded")
+
+
+def half_recent_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K D"],
+    gate: Float[Array, "B T K"],
+    *,
+    window: tuple[int, ...],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H D"]:
+    """`dynamic_mask_attention` over the last window // 2 keys and as many of largest gate as are left of the window."""
+    batch, length, kv_heads = gate.shape
+    documents = document_bounds(segment_ids, batch, length)
+    backend = choose_implementation(None, query.dtype, query.shape[3])
+    # As in dense attention: the lists of epochs are of keys that end in the order of their gates.
+    blocks = backend.block_sizes(length, length, length, query.shape[3], query.dtype)
+    ranked = jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1)
+    expiry = half_recent(ranked, check_window(window, kv_heads), documents)
+    start = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), expiry.shape)
+    intervals = Intervals(start, expiry, starts_at_key=True)
+    return _through(intervals, documents, query, key, value, gate, backend, blocks)
+
+
+def half_recent(gate: Float[Array, "B K S"], windows: tuple[int, ...], documents: Documents) -> Int32[Array, "B K S"]:
+    """Lifetimes: a key ends when it is among neither the last window // 2 nor the largest, as many as are left."""
+    recent = tuple(window // 2 for window in windows)
+    chosen = choose_keys(gate, tuple(w - r for w, r in zip(windows, recent, strict=True)), documents, causal=True)
+    # A window of 1 has no room for recent keys.
+    last = last_keys(tuple(max(r, 1) for r in recent), documents).expiry
+    last = jnp.where(jnp.asarray(recent)[:, None] > 0, last, 0)
+    return jnp.where(jnp.isneginf(gate), chosen.expiry, jnp.maximum(chosen.expiry, last))
+
+
+class HalfRecentAttention(nn.DynamicMaskAttention):
+    """Half of every window is the last keys, whatever their gates."""
+
+    def lifetimes(self, gates, segment_ids=None):
+        documents = document_bounds(segment_ids, *gates.shape[:2])
+        return jnp.moveaxis(half_recent(jnp.moveaxis(gates, 2, 1), self.windows, documents), 1, 2)
+
+    def _attend(self, query, key, value, segment_ids):
+        gate = self.gate(value)
+        return attend(half_recent_attention, query, key, value, gate, segment_ids=segment_ids, windows=self.windows)
+
+    def decode(self, x, cache, segment_ids=None):
+        raise NotImplementedError("half_recent is trained and measured on whole texts, not decoded")
 
 
 class HiddenGateAttention(nn.DynamicMaskAttention):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dmattn_jax import nn
 from dmattn_jax.documents import document_bounds, document_positions
-from dmattn_jax.selection import choose_keys, last_keys
+from dmattn_jax.selection import last_keys
 from train.experiments.ablation_layers import HiddenGateAttention
 from train.parameters import Skeleton
 
@@ -101,8 +101,7 @@ def visible_keys(
     """The mask [query, key] of a `dma` or `swa` layer."""
     documents = document_bounds(segment_ids, *x.shape[:2])
     if isinstance(attention, nn.DynamicMaskAttention):
-        gate = jnp.moveaxis(attention.gates(x), 2, 1)
-        expiry = choose_keys(gate, attention.windows, documents, causal=True).expiry
+        expiry = jnp.moveaxis(attention.lifetimes(attention.gates(x), segment_ids), 2, 1)
     else:
         expiry = last_keys(attention.windows, documents).expiry
     position = jnp.arange(x.shape[1])
