@@ -315,6 +315,14 @@ SECTIONS = (
         "--retrieval-lengths 1024 8192 --output benchmarks/results/dam_smollm2_512.json",
     ),
     Section(
+        "A model's own selection, on the same weights as others",
+        "dam_own",
+        masks,
+        "dmattn train quickstart && dmattn dam text dam-text\n"
+        "dmattn dam eval runs/quickstart --text dam-text/held-out/prose dam-text/held-out/code --lengths 512 "
+        "--output benchmarks/results/dam_own_quickstart_cpu.json",
+    ),
+    Section(
         "Prompts through masks",
         "dam_prefill",
         prefill,
