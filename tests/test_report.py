@@ -186,5 +186,6 @@ def test_every_record_that_is_named_exists_and_every_picture_has_its_record():
     }
     assert len(named) > 9
     assert [name for name in sorted(named) if not list(RESULTS.glob(name))] == []
+    records = tuple(path.stem for path in RESULTS.glob("*.json"))
     pictures = (root / "docs" / "results").glob("*.png")
-    assert [path.name for path in pictures if not (RESULTS / f"{path.stem}.json").exists()] == []
+    assert [path.name for path in pictures if not path.stem.startswith(records)] == []
