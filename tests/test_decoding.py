@@ -98,6 +98,15 @@ def test_a_step_is_the_definition(filled):
     check(STEPS["xla"], inputs, windows, bar=1e-5)
 
 
+def test_float32_is_not_rounded_on_the_way():
+    # What an accelerator may do with a product whose precision is not said.
+    inputs = make_step(3, 10, 2, 13, 6, windows=(13, 7), filled=3, dtype=jnp.float32, seed=5)
+    step = functools.partial(STEPS["xla"], windows=(13, 7), scale=0.5)
+    products = [line for line in jax.jit(step).lower(*inputs).as_text().splitlines() if "dot_general" in line]
+    assert len(products) == 2
+    assert all("HIGHEST" in line for line in products)
+
+
 def odd_gates(inputs):
     """Row by row: a new key of NaN gate, one below all that is held, padding, +inf held, ties of −0 and 0."""
     query, key, value, gate, position, slots = inputs

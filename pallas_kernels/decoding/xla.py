@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.decoding.contract import EMPTY, Implementation, Slots
 from pallas_kernels.order import sortable
+from pallas_kernels.xla.tiles import accumulation_dtype, matmul
 
 
 def insert(
@@ -48,17 +49,13 @@ def attend_slots(
     """One query a row over unordered slots; bias and visible broadcast to [B, K, W]."""
     batch, heads, head_dim = query.shape
     grouped = query.reshape(batch, keys.shape[1], -1, head_dim)
-    logits = jnp.einsum("bkgd,bkwd->bkgw", grouped, keys.astype(query.dtype), preferred_element_type=jnp.float32)
+    dtype = accumulation_dtype(query.dtype)
+    logits = matmul("bkgd,bkwd->bkgw", grouped, keys.astype(query.dtype), dtype)
     shown = visible[:, :, None, :]
     logits = jnp.where(shown, logits * scale + bias[:, :, None, :], -jnp.inf)
     some = shown.any(axis=-1, keepdims=True)
     weights = jnp.where(shown, jax.nn.softmax(jnp.where(some, logits, 0), axis=-1), 0)
-    out = jnp.einsum(
-        "bkgw,bkwd->bkgd",
-        weights.astype(query.dtype),
-        values.astype(query.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    out = matmul("bkgw,bkwd->bkgd", weights.astype(query.dtype), values.astype(query.dtype), dtype)
     return out.reshape(batch, heads, -1).astype(query.dtype)
 
 
