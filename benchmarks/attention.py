@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -92,20 +92,29 @@ def make_inputs(options: Options, length: int, gate: str) -> list[jax.Array]:
     return [*arrays, scores, jax.random.normal(keys[4], shape, options.dtype)]
 
 
-def measure(compiled: jax.stages.Compiled, arguments: list[jax.Array], repeats: int) -> tuple[list[float], int]:
-    """Milliseconds a call, per repeat; a repeat queues calls for about 50 ms, so that launches are hidden."""
-    jax.block_until_ready(compiled(*arguments))
-    begin = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
-    calls = max(1, min(200, int(0.05 / max(time.perf_counter() - begin, 1e-6))))
-    times = []
-    for _ in range(repeats):
+def measure(programs: Sequence[tuple[jax.stages.Compiled, list[jax.Array]]], repeats: int) -> list[list[float]]:
+    """Milliseconds a call of each program with its arguments, per repeat.
+
+    A repeat queues calls for about 50 ms, so that launches are hidden. Programs take turns: a device that grows warm
+    in between is as warm for all of them.
+    """
+    calls = []
+    for compiled, arguments in programs:
+        jax.block_until_ready(compiled(*arguments))
         begin = time.perf_counter()
-        for _ in range(calls):
-            result = compiled(*arguments)
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - begin) / calls * 1e3)
-    return times, compiled.memory_analysis().temp_size_in_bytes
+        jax.block_until_ready(compiled(*arguments))
+        calls.append(max(1, min(200, int(0.05 / max(time.perf_counter() - begin, 1e-6)))))
+    times: list[list[float]] = [[] for _ in programs]
+    for _ in range(repeats):
+        for (compiled, arguments), count, own in zip(programs, calls, times, strict=True):
+            begin = time.perf_counter()
+            for _ in range(count):
+                result = compiled(*arguments)
+            jax.block_until_ready(result)
+            own.append((time.perf_counter() - begin) / count * 1e3)
+            # Or the next program runs beside the results of this one.
+            del result
+    return times
 
 
 def peers(window: int) -> dict[str, Callable[..., jax.Array]]:
@@ -152,7 +161,7 @@ def matrix_product(dtype: str, repeats: int) -> float:
     """Operations per second of one large product, the practical ceiling of this device."""
     size = 8192 if jax.default_backend() == "gpu" else 512
     left, right = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in (0, 1))
-    times, _ = measure(jax.jit(jnp.dot).lower(left, right).compile(), [left, right], repeats)
+    [times] = measure([(jax.jit(jnp.dot).lower(left, right).compile(), [left, right])], repeats)
     return 2 * size**3 / (statistics.median(times) * 1e-3)
 
 
@@ -194,8 +203,9 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
     # All before the first measurement, and at once: compiling is most of the time, and each is one thread's work.
     with ThreadPoolExecutor() as pool:
         programs = list(pool.map(lambda program: program.compile(), lowered))
-    for (what, direction, _, arguments), program in zip(work, programs, strict=True):
-        times, temporary = measure(program, arguments, options.repeats)
+    measured = measure([(p, entry[3]) for p, entry in zip(programs, work, strict=True)], options.repeats)
+    for (what, direction, *_), program, times in zip(work, programs, measured, strict=True):
+        temporary = program.memory_analysis().temp_size_in_bytes
         keep(Row(length, window, gate, what, direction, times, temporary), dense=what == "cudnn dense")
     if options.torch and torch_peers.available() and dense and length <= options.gates_at:
         shape = (length, options.heads, options.kv_heads, options.head_dim)
@@ -225,7 +235,8 @@ def main(options: Options) -> None:
     for index, (length, window) in enumerate(zip(options.lengths, options.windows, strict=True)):
         new = length not in options.lengths[:index]
         for gate in options.gates if new and length == options.gates_at else options.gates[:1]:
-            dense = new and gate == options.gates[0] and length <= DENSE_LENGTH
+            # Once a length, and beside windows that hide nothing, which are the same attention.
+            dense = (new or window >= length) and gate == options.gates[0] and length <= DENSE_LENGTH
             rows += rows_of(options, length, window, gate, ceiling, dense=dense)
             more = {"errors": errors, "matrix_product_flops": ceiling}
             record.write(options.output, options, [asdict(row) for row in rows], **more)

@@ -24,6 +24,9 @@ from train.experiments import ablation, mqar_sweep, retrieval, scaling
 
 HERE = Path(__file__).parent
 PASSES = {"forward": "forward", "both": "forward + backward"}
+OURS = "dma mosaic_gpu"
+RIVALS = ("cudnn dense", "cudnn sliding window", "flash attention 2", "flex attention", "dma xla")
+WITHOUT_WINDOW = ("cudnn dense", "flash attention 2")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def claims_table(records: Mapping[str, claims.Records]) -> str:
         *claims.scaling_claims(records["scaling"]),
         claims.needle_claim(records["needle"]),
         *claims.attention_claims(records["h200_attention"]),
+        claims.decode_claim(records["decode"]),
         claims.generation_claim(records["generation"]),
         *claims.dam_claims(records["dam_smollm2"], records["dam_sweep"], records["dam_prefill"]),
     ]
@@ -173,21 +177,76 @@ def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
     from benchmarks.attention_plot import draw
 
     draw(content, figures / f"{name}.png")
-    whats = ("dma mosaic_gpu", "cudnn dense", "cudnn sliding window")
-    found = {
-        (row["length"], row["window"], row["direction"], row["what"]): statistics.median(row["milliseconds"])
+    rows = {
+        (row["length"], row["window"], row["gate"], row["direction"], row["what"]): row
         for row in content["rows"]
-        if row["gate"] == "random" and row["milliseconds"]
+        if row["milliseconds"]
     }
-    lines = ["| tokens, window | | " + " | ".join(f"{what}, ms" for what in whats) + " |", "|---|---|---|---|---|"]
-    for length, window, direction in dict.fromkeys(key[:3] for key in found if key[3] == whats[0]):
-        # Dense attention has no window, and is measured once a length.
-        dense = next((t for (n, _, d, w), t in found.items() if (n, d, w) == (length, direction, "cudnn dense")), None)
-        times = [dense if w == "cudnn dense" else found.get((length, window, direction, w)) for w in whats]
-        shown = " | ".join("" if time is None else f"{time:.2f}" for time in times)
-        lines.append(f"| {length:,}, {window:,} | {PASSES[direction]} | {shown} |")
-    said = f"On {content['device']}, JAX {content['jax']}; random gate, selection included, medians."
+    shapes = list(dict.fromkeys(key[:4] for key in rows if key[4] == OURS))
+    measured = {key[4] for key in rows}
+    rivals = [what for what in RIVALS if what in measured]
+    heads = ["tokens, window, gate", "", OURS, "select + layout", "of a matrix product", "MiB"]
+    lines = _header([*heads, *(part for what in rivals for part in (what, "÷ ours"))])
+    for length, window, gate, direction in shapes:
+        own = rows[length, window, gate, direction, OURS]
+        chosen = rows.get((length, window, gate, "forward", "select + layout"))
+        shown = [f"{length:,}, {window:,}, {gate}", PASSES[direction], _milliseconds(own), _milliseconds(chosen)]
+        shown += [f"{own['share_of_matmul']:.0%}", f"{own['temporary_bytes'] / 2**20:,.0f}"]
+        for what in rivals:
+            other = rows.get((length, window, gate, direction, what))
+            if other is None and what in WITHOUT_WINDOW and gate == "random":
+                # Measured once a length.
+                other = next(
+                    (row for key, row in rows.items() if key[::2] == (length, gate, what) and key[3] == direction), None
+                )
+            shown += [_milliseconds(other), _ratio(other, own)]
+        lines.append("| " + " | ".join(shown) + " |")
+    options = content["options"]
+    said = (
+        f"On {content['device']}, JAX {content['jax']}: {options['heads']} query and {options['kv_heads']} kv heads of "
+        f"{options['head_dim']}, {options['dtype']}, batch 1. Milliseconds from gate to output, selection included; "
+        f"medians of {options['repeats']}, and the range of a ratio over all pairs of repeats. MiB: temporary memory. "
+        f"A matrix product of 8,192³ reaches {content['matrix_product_flops'] / 1e12:.0f} TFLOP/s in the same run."
+    )
     return f"{said}\n\n" + "\n".join(lines) + f"\n\n{_picture(name, 'Time of attention against length')}"
+
+
+def steps_of_decoding(name: str, content: dict[str, Any], figures: Path) -> str:
+    """Microseconds of a layer's step by batch and context."""
+    whats = list(dict.fromkeys(row["what"] for row in content["rows"]))
+    found = {(row["batch"], row["context"], row["what"]): row for row in content["rows"]}
+    lines = _header(["batch", "context", *(part for what in whats for part in (f"{what}, µs", "MiB of cache"))])
+    for batch, context in dict.fromkeys(key[:2] for key in found):
+        shown = [f"{batch}", f"{context:,}"]
+        for what in whats:
+            row = found[batch, context, what]
+            times = row["microseconds"]
+            shown += [row["error"] or f"{statistics.median(times):.1f} ({min(times):.1f}–{max(times):.1f})"]
+            shown += ["" if row["error"] else f"{row['cache_bytes'] / 2**20:,.1f}"]
+        lines.append("| " + " | ".join(shown) + " |")
+    shape = "{heads} query and {kv_heads} kv heads of {head_dim}, window {window}, {dtype}".format(**content["options"])
+    said = f"On {content['device']}, JAX {content['jax']}: {shape}. Medians and range; the w-slot cache is full."
+    return f"{said}\n\n" + "\n".join(lines) + "\n"
+
+
+def _header(names: list[str]) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+
+
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    median = statistics.median(row["milliseconds"])
+    return f"{median:.2f}" if median < 100 else f"{median:.0f}"
+
+
+def _ratio(other: dict[str, Any] | None, own: dict[str, Any]) -> str:
+    """A rival's time over ours, with its range."""
+    if other is None:
+        return ""
+    theirs, ours = other["milliseconds"], own["milliseconds"]
+    middle = statistics.median(theirs) / statistics.median(ours)
+    return f"{middle:.2f}× ({min(theirs) / max(ours):.2f}–{max(theirs) / min(ours):.2f})"
 
 
 def masks(name: str, content: dict[str, Any], figures: Path) -> str:
@@ -285,6 +344,12 @@ SECTIONS = (
         "h200_attention",
         kernels,
         "dmattn bench attention --output benchmarks/results/h200_attention.json",
+    ),
+    Section(
+        "A step of decoding",
+        "decode",
+        steps_of_decoding,
+        "dmattn bench decode --output benchmarks/results/decode_h200.json",
     ),
     Section(
         "Training steps",

@@ -159,7 +159,7 @@ class Bench:
         else:
             visits = query_runs(self.rows, self.options.length, sizes.block_k)
         arguments.append(visits)
-        return attention.measure(jax.jit(kernel).lower(*arguments).compile(), arguments, self.options.repeats)[0]
+        return attention.measure([(jax.jit(kernel).lower(*arguments).compile(), arguments)], self.options.repeats)[0]
 
 
 def main(options: Options) -> list[Row]:

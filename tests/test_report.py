@@ -79,10 +79,63 @@ def test_needles_of_models_that_differ_in_attention_alone():
     assert claims.needle_claim({"needle_a": found["needle_a"]}).verdict == claims.NOT_RUN
 
 
+def timing(what: str, milliseconds: float, length: int = 8192, window: int = 1024, direction: str = "forward") -> dict:
+    return {
+        "length": length, "window": window, "gate": "random", "what": what, "direction": direction,
+        "milliseconds": [milliseconds] * 3, "temporary_bytes": 0, "share_of_matmul": 0.5,
+    }  # fmt: skip
+
+
+def speed_record(*rows: dict, heads: int = 32) -> dict:
+    options = {"heads": heads, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "repeats": 3, "gates": ["random"]}
+    return {"options": options, "rows": list(rows), "device": "gpu", "jax": "0", "matrix_product_flops": 1e12}
+
+
+def test_speed_goals_are_of_one_run_and_one_shape():
+    ours, dense = timing("dma mosaic_gpu", 1.0), timing("cudnn dense", 2.5)
+
+    def claim(records: dict, said: str = "8,192 tokens, w 1,024, forward at") -> claims.Claim:
+        return next(c for c in claims.attention_claims(records) if said in c.said)
+
+    assert claim({"a": speed_record(ours, dense)})[1:] == ("2.5× (1.00 ms; a)", claims.REACHED)
+    # a rival of another run, or of other heads, is none
+    assert claim({"a": speed_record(ours), "b": speed_record(dense)}).verdict == claims.NOT_RUN
+    assert claim({"a": speed_record(ours, dense, heads=8)}).verdict == claims.NOT_RUN
+    slow = speed_record(ours, timing("cudnn dense", 1.5))
+    assert claim({"a": slow}).verdict == claims.MISSED
+    assert claim({"a": slow, "b": speed_record(ours, dense)}).verdict == claims.MIXED
+
+
+def test_dense_attention_is_compared_at_every_window_of_its_length(tmp_path):
+    rows = [timing("cudnn dense", 1.0), timing("dma mosaic_gpu", 1.2, window=8192), timing("dma mosaic_gpu", 0.4)]
+    said = "w 8,192, forward in"
+    found = next(c for c in claims.attention_claims({"a": speed_record(*rows)}) if said in c.said)
+    assert found[1:] == ("1.20× (1.20 ms; a)", claims.MISSED)
+    # the one measured beside it counts first
+    rows.append(timing("cudnn dense", 1.15, window=8192))
+    found = next(c for c in claims.attention_claims({"a": speed_record(*rows)}) if said in c.said)
+    assert found[1:] == ("1.04× (1.20 ms; a)", claims.REACHED)
+    rows += [row | {"direction": "both"} for row in rows]
+    page = report.kernels("a", speed_record(*rows), tmp_path)
+    assert "| 8,192, 8,192, random | forward | 1.20 |  | 50% | 0 | 1.15 | 0.96× (0.96–0.96) |" in page
+    assert "| 8,192, 1,024, random | forward | 0.40 |  | 50% | 0 | 1.00 | 2.50× (2.50–2.50) |" in page
+
+
+def test_decoding_is_flat_in_time_and_in_memory():
+    def step(context: int, microseconds: float, cache: int) -> dict:
+        return {"what": "dma mosaic_gpu", "batch": 3, "context": context, "microseconds": [microseconds],
+                "cache_bytes": cache}  # fmt: skip
+
+    for last, verdict in ((step(99, 10.5, 7), claims.REACHED), (step(99, 11.5, 7), claims.MISSED),
+                          (step(99, 10.5, 8), claims.MISSED)):  # fmt: skip
+        assert claims.decode_claim({"a": {"rows": [last, step(5, 10.0, 7)]}}).verdict == verdict
+    assert claims.decode_claim({}).verdict == claims.NOT_RUN
+
+
 def test_the_page_is_written_from_the_records(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    for name in ("generation_cpu", "dam_smollm2_512", "h200_attention", "h200_attention_before"):
+    for name in ("generation_cpu", "dam_smollm2_512", "h200_attention", "h200_attention_before", "decode_h200"):
         (results / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
     cells = [cell("dma", dim, 0.25 * dim / 32, stopped="time") for dim in (32, 64)]
     (results / "mqar_few.json").write_text(json.dumps(cells))
@@ -91,8 +144,8 @@ def test_the_page_is_written_from_the_records(tmp_path):
     assert "2 cells on gpu, seeds 0, 320 to 640 steps; stopped by time (2)." in page
     assert "| 64 | DMA | 0.500* |" in page
     assert "| 64 tokens, width 32 | 2,000 |" in page
-    assert page.count("**Not run yet.**") == len(report.SECTIONS) - 4
-    assert "10.3× (1.45 ms) | reached |" in page
+    assert page.count("**Not run yet.**") == len(report.SECTIONS) - 5
+    assert "10.2× (1.45 ms; h200_attention) | reached |" in page
     assert "_before" not in page
     pictures = {path.name for path in (tmp_path / "docs" / "results").iterdir()}
     assert pictures == {"mqar_few.png", "generation_cpu.png", "h200_attention.png"}
