@@ -1,6 +1,9 @@
 """Draws what benchmarks/attention.py measured: time against length, forward, and forward with backward.
 
-python benchmarks/attention_plot.py benchmarks/results/h200_attention.json docs/attention_time.png
+    python -m benchmarks.attention_plot docs/attention_time.png benchmarks/results/h200_attention.json … --windows 2048
+
+Points of several records stand on one line where they are of one shape: look for ratios in the tables, which are of one
+run each.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from matplotlib.figure import Figure
 
 from train.plots import INK, save_figure
 
+WITHOUT_WINDOW = ("cudnn dense", "flash attention 2")
 STYLES = ("o-", "s--", "^:", "d-.")
 COLOURS = {
     "dma mosaic_gpu": "#d95f02",
@@ -29,43 +33,66 @@ COLOURS = {
 }
 
 
-def main(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]) -> None:
-    """source: the measurements. target: the picture, a PNG."""
-    draw(json.loads(source.read_text()), target)
+def main(
+    target: tyro.conf.Positional[Path],
+    sources: tyro.conf.Positional[tuple[Path, ...]],
+    windows: tuple[int, ...] = (),
+) -> None:
+    """target: the picture, a PNG. sources: the measurements, of the same heads. windows: only these; all if empty.
+
+    Raises: ValueError where records are of different heads, types or devices.
+    """
+    draw([json.loads(source.read_text()) for source in sources], target, windows)
 
 
-def draw(record: dict[str, Any], target: Path) -> None:
-    gate = record["options"]["gates"][0]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, direction, title in zip(
-        figure.subplots(1, 2), ("forward", "both"), ("forward", "forward + backward"), strict=True
-    ):
-        rows = [row for row in record["rows"] if row["direction"] == direction and row["gate"] == gate]
+def draw(records: Sequence[dict[str, Any]], target: Path, windows: Sequence[int] = ()) -> None:
+    heads, *others = [_of_what(record) for record in records]
+    if any(other != heads for other in others):
+        raise ValueError(f"these records do not belong on one picture: {', '.join({heads, *others})}")
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    found = [row for record in records for row in record["rows"] if row["gate"] == record["options"]["gates"][0]]
+    found = [row for row in found if not windows or row["window"] in windows or "dense" in row["what"]]
+    styles = dict(zip(sorted({row["window"] for row in found}), itertools.cycle(STYLES)))
+    panels = figure.subplots(1, 2)
+    for axes, direction, title in zip(panels, ("forward", "both"), ("forward", "forward + backward"), strict=True):
+        rows = [row for row in found if row["direction"] == direction]
         for name, colour in COLOURS.items():
-            own = [row for row in rows if row["what"] == name]
             # Dense attention has no window, whatever stood beside it.
-            lines = collections.defaultdict(list)
-            for row in own:
-                lines[None if "dense" in name else row["window"]].append(row)
-            for (window, line), style in zip(sorted(lines.items()), itertools.cycle(STYLES)):
-                points = sorted((row["length"], statistics.median(row["milliseconds"])) for row in line)
-                label = name if len(lines) == 1 else f"{name}, w {window:,}"
-                axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
+            lines = collections.defaultdict(dict)
+            for row in (row for row in rows if row["what"] == name):
+                line = lines[None if name in WITHOUT_WINDOW else row["window"]]
+                line.setdefault(row["length"], statistics.median(row["milliseconds"]))
+            for window, line in sorted(lines.items()):
+                label = name if window is None else f"{name}, w {window:,}"
+                axes.plot(
+                    *zip(*sorted(line.items()), strict=True), styles.get(window, "o-"), color=colour, label=label,
+                    markersize=4,
+                )  # fmt: skip
         decorate(axes, title, sorted({row["length"] for row in rows}))
-    heads = "{heads} query heads, {kv_heads} kv heads, d {head_dim}, {dtype}".format(**record["options"])
-    figure.suptitle(f"{record['device']}: {heads}, {gate} gate", color=INK, fontsize=10)
+    # Below, where no line is.
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(f"{heads}, {records[0]['options']['gates'][0]} gate", color=INK, fontsize=10)
     save_figure(figure, target, dpi=130)
+
+
+def _of_what(record: dict[str, Any]) -> str:
+    heads = "{heads} query heads, {kv_heads} kv heads, d {head_dim}, {dtype}".format(**record["options"])
+    return f"{record['device']}: {heads}"
 
 
 def decorate(axes: Any, title: str, lengths: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+    names = [
+        f"{length >> 20}M" if length >> 20 else f"{length >> 10}K" if length >> 10 else f"{length}"
+        for length in lengths
+    ]
+    axes.set_xticks(lengths, names)
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds")
     axes.set_title(title, color=INK, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
 
 
 if __name__ == "__main__":

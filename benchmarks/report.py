@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from benchmarks import claims
+from benchmarks.attention_plot import WITHOUT_WINDOW, draw
 from train.dam import retrieve, sweep
 from train.experiments import ablation, mqar_sweep, retrieval, scaling
 
@@ -26,7 +27,6 @@ HERE = Path(__file__).parent
 PASSES = {"forward": "forward", "both": "forward + backward"}
 OURS = "dma mosaic_gpu"
 RIVALS = ("cudnn dense", "cudnn sliding window", "flash attention 2", "flex attention", "dma xla")
-WITHOUT_WINDOW = ("cudnn dense", "flash attention 2")
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,7 @@ def train_step(name: str, content: dict[str, Any], figures: Path) -> str:
 
 
 def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
-    from benchmarks.attention_plot import draw
-
-    draw(content, figures / f"{name}.png")
+    draw([content], figures / f"{name}.png")
     rows = {
         (row["length"], row["window"], row["gate"], row["direction"], row["what"]): row
         for row in content["rows"]
