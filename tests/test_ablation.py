@@ -169,9 +169,10 @@ def test_cells_differ_in_what_they_ablate_alone(tmp_path):
         before, after = (dataclasses.asdict(one.model) for one in (cells[0].train, cell.train))
         changed = {name for name in before if before[name] != after[name]}
         assert changed <= {"attention", "gate_activation", "window", "gate_step"}
-        assert len(changed) == (cell.ablation in ("swa", "linear_gate", "windows", "margin"))
+        assert len(changed) == (cell.ablation in ("swa", "linear_gate", "windows", "margin", "all_keys", "mha"))
     windows = next(cell for cell in cells if cell.ablation == "windows").train.model.window
     assert windows == (128, 213, 299, 384)
+    assert next(cell for cell in cells if cell.ablation == "all_keys").train.model.window == plain.sequence_length
     assert sum(windows) == 4 * 256
 
 
@@ -193,21 +194,29 @@ def test_impossible_sweeps_are_refused(changes, message, tmp_path):
 def test_runs_have_their_numbers_and_are_not_trained_twice(tmp_path, capsys):
     base = dataclasses.replace(small_config(tmp_path), steps=5)
     sweep = AblationSweep(
-        ablations=("dma", "earlier_ties"), seeds=(0,), layers=1, width=16, head_dim=4, window=7, base=base
+        ablations=("dma", "earlier_ties", "all_keys", "mha"),
+        seeds=(0,),
+        layers=1,
+        width=16,
+        head_dim=4,
+        window=7,
+        base=base,
     )
     output = tmp_path / "ablation"
     assert ablation.run_ablations(sweep, output, None) == 0
     first = (output / "results.json").read_text()
     assert ablation.run_ablations(sweep, output, None) == 0
-    assert "2 cells, 2 of them done" in capsys.readouterr().out
+    assert "4 cells, 4 of them done" in capsys.readouterr().out
     assert (output / "results.json").read_text() == first
     results = {result["variant"]: result for result in json.loads(first)}
-    assert set(results) == {"dma", "earlier_ties"}
+    assert set(results) == {"dma", "earlier_ties", "all_keys", "mha"}
+    # Where every key is seen there is nothing to measure or to draw.
+    assert [name for name in results if "distances" in results[name]] == ["dma", "earlier_ties"]
     assert len(results["earlier_ties"]["mask"]["expiry"][0]) == 2
     assert results["dma"]["text"].startswith(str(tmp_path))
     table = (output / "table.md").read_text()
     assert table.count("\n| dma |") == 1
-    assert "| thousand tokens/s | dma | earlier_ties |" in table
+    assert "| thousand tokens/s | dma | earlier_ties | all_keys | mha |" in table
     for picture in ("ablation.png", "masks.png"):
         assert (output / picture).stat().st_size > 5_000
     assert not (output / "dma_s0" / "checkpoints").exists()

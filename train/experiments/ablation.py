@@ -45,7 +45,11 @@ LAYERS = {
     "half_recent": HalfRecentAttention,
 }
 COLOURS: dict[AblationName, str] = dict(
-    zip(NAMES, ("#f08a24", "#8a94a6", "#3d7ea6", "#6a994e", "#8d5a97", "#b23a48", "#2a9d8f", "#1d3557"), strict=True)
+    zip(
+        NAMES,
+        ("#f08a24", "#8a94a6", "#3d7ea6", "#6a994e", "#8d5a97", "#b23a48", "#2a9d8f", "#1d3557", "#c9a227", "#111111"),
+        strict=True,
+    )
 )
 
 
@@ -116,7 +120,11 @@ def _train(cell: AblationCell, output: Path, deadline: Deadline) -> int:
 
 
 def _look(skeleton: Skeleton, config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """Distances over some held-out rows, and the mask of the row with the longest document."""
+    """Distances over some held-out rows, and the mask of the row with the longest document; of a model that sees every
+    key, nothing."""
+    windows = windows_of(config.model)
+    if config.model.attention == "mha" or min(windows) >= config.sequence_length:
+        return {}
     from train.data import make_datasets
     from train.run_files import open_tokenizer
 
@@ -143,7 +151,7 @@ def _look(skeleton: Skeleton, config: TrainConfig, folder: Path) -> dict[str, An
     if config.model.attention == "dma":
         expiry = make_expiry_function(skeleton)(params, tokens[0, :PICTURE_TOKENS], segments[0, :PICTURE_TOKENS])
         found["mask"] = {
-            "windows": windows_of(config.model),
+            "windows": windows,
             "segment_ids": " ".join(map(str, segments[0, :PICTURE_TOKENS])),
             "expiry": [[" ".join(map(str, head)) for head in layer.T] for layer in expiry],
         }
@@ -178,10 +186,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         losses = [r["validation_loss"] for r in own]
         spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
         gap = f"{np.mean(losses) - np.mean(base):+.4f}" if base else ""
-        far = [np.mean([np.mean(r["distances"][field]) for r in own]) for field in ("far_visible", "far_weight")]
+        measured = [r["distances"] for r in own if "distances" in r]
+        far = [
+            f"{np.mean([np.mean(found[field]) for found in measured]):.1%}" if measured else ""
+            for field in ("far_visible", "far_weight")
+        ]
         lines.append(
-            f"| {name} | {MEANINGS[name]} | {np.mean(losses):.4f}{spread} ({len(losses)}) | {gap} | "
-            f"{far[0]:.1%} | {far[1]:.1%} |"
+            f"| {name} | {MEANINGS[name]} | {np.mean(losses):.4f}{spread} ({len(losses)}) | {gap} | {' | '.join(far)} |"
         )
     some = results[0]
     lines += [
@@ -205,10 +216,11 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         losses.plot(
             [r["validation_loss"] for r in own], [height] * len(own), "o", color=COLOURS[name], markersize=6, alpha=0.8
         )
-        for axes, field in ((visible, "visible"), (weight, "weight")):
-            share = np.mean([np.mean(r["distances"][field], axis=(0, 1)) for r in own], axis=0)
+        measured = [r["distances"] for r in own if "distances" in r]
+        for axes, field in ((visible, "visible"), (weight, "weight")) if measured else ():
+            share = np.mean([np.mean(found[field], axis=(0, 1)) for found in measured], axis=0)
             beyond = share[::-1].cumsum()[::-1]
-            edges = own[0]["distances"]["edges"]
+            edges = measured[0]["edges"]
             axes.plot(edges[1:], beyond[1:], "o-", color=COLOURS[name], markersize=3, linewidth=1.6, label=name)
     losses.set_yticks(range(len(shown)), shown)
     losses.invert_yaxis()

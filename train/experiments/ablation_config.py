@@ -13,7 +13,9 @@ from train.errors import ConfigError
 from train.experiments.base import on_real_text
 from train.resolve import resolve
 
-AblationName = Literal["dma", "swa", "earlier_ties", "linear_gate", "windows", "hidden_gate", "margin", "half_recent"]
+AblationName = Literal[
+    "dma", "swa", "earlier_ties", "linear_gate", "windows", "hidden_gate", "margin", "half_recent", "all_keys", "mha"
+]
 NAMES: tuple[AblationName, ...] = get_args(AblationName)
 MARGIN = 0.1
 
@@ -25,6 +27,8 @@ MEANINGS: dict[AblationName, str] = {
     "windows": "a window for each kv head, from w/2 to 3w/2",
     "hidden_gate": "gate from the layer's input instead of its values",
     "half_recent": "half of the window for the last keys, half for chosen ones",
+    "all_keys": "a window as long as the row: every key is seen, and the gate is a bias alone",
+    "mha": "dense attention, without a gate",
     "margin": f"δ rounded to multiples of {MARGIN} (gate_step)",
 }
 
@@ -52,7 +56,7 @@ class AblationSweep:
     """Twice as many heads of head_dim as kv heads, and an MLP of three times the width."""
     head_dim: int = 64
     window: int = 256
-    """Keys that a query sees, in every ablation (in `windows`, in the mean over kv heads)."""
+    """Keys that a query sees, in every ablation but the last two (in `windows`, in the mean over kv heads)."""
     vocab_size: int = 4096
     """Of a BPE vocabulary that is trained on the text to be trained on; 0 leaves the base's tokenizer."""
     base: TrainConfig = field(default_factory=lambda: on_real_text(every=500))
@@ -99,7 +103,7 @@ class AblationSweep:
                     numbers,
                     name=f"{ablation}_s{seed}",
                     seed=self.base.seed + seed,
-                    model=replace(model, **changes_of(ablation, model)),
+                    model=replace(model, **changes_of(ablation, model, self.base.sequence_length)),
                 ),
             )
             for seed in self.seeds
@@ -107,8 +111,8 @@ class AblationSweep:
         ]
 
 
-def changes_of(ablation: AblationName, model: DogeConfig) -> Mapping[str, Any]:
-    """The fields that an ablation changes; none where it is another layer."""
+def changes_of(ablation: AblationName, model: DogeConfig, length: int) -> Mapping[str, Any]:
+    """The fields that an ablation changes, for rows of `length`; none where it is another layer."""
     assert isinstance(model.window, int)
     half, heads = model.window // 2, model.num_kv_heads
     spread = tuple(half + round(index * 2 * half / max(heads - 1, 1)) for index in range(heads))
@@ -117,5 +121,7 @@ def changes_of(ablation: AblationName, model: DogeConfig) -> Mapping[str, Any]:
         "linear_gate": {"gate_activation": "linear"},
         "windows": {"window": spread},
         "margin": {"gate_step": MARGIN},
+        "all_keys": {"window": length},
+        "mha": {"attention": "mha"},
     }
     return changes.get(ablation, {})
