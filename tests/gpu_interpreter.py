@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoding import IMPLEMENTATIONS as DECODING
-from pallas_kernels.gpu import MOSAIC_GPU
+from pallas_kernels.gpu import MOSAIC_GPU, gathers
 
 THREADS = 32
 AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
@@ -75,3 +75,18 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
     monkeypatch.setattr(plgpu, "barrier_arrive", barrier_arrive)
     monkeypatch.setattr(plgpu.ACC, "init", staticmethod(Sum))
     monkeypatch.setattr(pl, "run_state", run_state)
+
+
+def interpret_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends, elementwise kernels with computed reads are kernels on this machine, too."""
+    kernel = plgpu.kernel
+
+    def interpreted(*args: Any, **options: Any) -> Any:
+        return kernel(*args, **options, interpret=plgpu.InterpretGPUParams(detect_races=True))
+
+    def cuda(*operands: Any, cuda: Any, default: Any) -> Any:
+        return cuda(*operands)
+
+    monkeypatch.setattr(plgpu, "kernel", interpreted)
+    monkeypatch.setattr(gathers, "read", lambda source, *places: source[...][places])
+    monkeypatch.setattr(gathers.lax, "platform_dependent", cuda)

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_interpreter import AVAILABLE, interpret
+from gpu_interpreter import AVAILABLE, interpret, interpret_gathers
 from reference import EACH, RATIO, assert_close, make_case, residue, rms_ratio, rounded, run, truth
 from test_decoding import STEPS, check, evicted_nan, make_step, odd_gates, without_nan
 from test_pattern_hopper import HEADS, KV_HEADS, make_patterns, visible
 
 from benchmarks import tune
+from dmattn_jax.documents import document_bounds
+from pallas_kernels import BlockSizes
+from pallas_kernels.gpu import MOSAIC_GPU
 from pallas_kernels.gpu.backward_key import KeyGradientSizes
 from pallas_kernels.gpu.backward_query import QueryGradientSizes
 from pallas_kernels.gpu.config import block_sizes
@@ -151,3 +154,23 @@ def test_odd_steps_of_decoding_under_the_interpreter(monkeypatch, odd):
         without_nan(step, odd_gates(inputs), windows)
     else:
         check(step, evicted_nan(inputs, windows), windows)
+
+
+@pytest.mark.parametrize(("length", "epoch"), [(150, 32), (1100, 1024)] if AVAILABLE else ())
+def test_selection_without_races_under_the_interpreter(monkeypatch, length, epoch):
+    """The kernels of selection against their portable form: several spans to a program, and several chunks to a span."""
+    random = np.random.default_rng(length)
+    gate = jnp.asarray(np.round(random.normal(size=(1, 2, length)), 1), jnp.float32)
+    document = jnp.asarray(np.cumsum(random.random(length) < 0.01)[None] + 1, jnp.int32)
+    bounds = document_bounds(document, 1, length)
+
+    def select():
+        blocks = BlockSizes(epoch=epoch, granule=16)
+        return MOSAIC_GPU.select(gate, (37, 5), bounds.start, bounds.end, queries=length, blocks=blocks)
+
+    want = select()
+    interpret_gathers(monkeypatch)
+    got = select()
+    assert jax.tree.structure(want) == jax.tree.structure(got)
+    for left, right in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_array_equal(left, right)

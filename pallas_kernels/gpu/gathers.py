@@ -28,6 +28,12 @@ Read = Callable[..., Num[Array, "*n"]]
 CHUNK = 512
 """Elements of a program: four for each thread of a warpgroup, whose reads overlap."""
 
+PARAMETERS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+"""Every operation names its layout here; inferring them takes most of a second for each kernel."""
+
+Stage = Callable[[Sequence[Read], Sequence[Read], Int32[Array, " n"]], Sequence[Num[Array, " n"]]]
+"""(reads of the operands, reads of what the stage before made, n) -> entries n of what this one makes."""
+
 
 def gathered(
     body: Callable[[Sequence[Read], Int32[Array, " n"]], Sequence[Num[Array, " n"]]],
@@ -60,10 +66,84 @@ def gathered(
             out_type=[jax.ShapeDtypeStruct((padded,), dtype) for dtype in dtypes],
             grid=(padded // CHUNK,),
             grid_names=("chunk",),
+            compiler_params=PARAMETERS,
         )(*arrays)
         return tuple(array[:count] for array in out)
 
     return lax.platform_dependent(*flat, cuda=kernel, default=portable)
+
+
+def staged(
+    stages: Sequence[Stage],
+    operands: Sequence[Num[Array, "..."]],  # noqa: UP037
+    count: int,
+    span: int,
+    dtypes: Sequence[DTypeLike],
+    written: Sequence[int],
+) -> list[tuple[Num[Array, " count"], ...]]:
+    """Stages that each read what the one before made, at places of the same span: one kernel on a CUDA GPU, in which
+    what stages make stays in shared memory. Returns what the stages in `written` made, for n = 0 … count − 1.
+
+    count: a multiple of span; elements n and m share a span where n // span == m // span. dtypes: of what each makes.
+    """
+    if count % span:
+        raise ValueError(f"count must be a multiple of span ({span}), got {count}")
+    flat = [operand.reshape(-1) for operand in operands]
+    # Short spans share a program, so that every thread has elements.
+    wide = span * (-(-CHUNK // span))
+
+    def portable(*arrays):
+        reads, made, kept = [entries_of(array) for array in arrays], (), {}
+        for number, stage in enumerate(stages):
+            made = tuple(stage(reads, [entries_of(array) for array in made], jnp.arange(count, dtype=jnp.int32)))
+            kept[number] = made
+        return tuple(array for number in written for array in kept[number])
+
+    def kernel(*arrays):
+        padded = -(-count // wide) * wide
+        many = len(dtypes)
+
+        def program(*refs):
+            sources, refs = refs[: len(arrays)], refs[len(arrays) :]
+            targets, buffers = refs[: many * len(written)], refs[many * len(written) :]
+            begin = lax.axis_index("span") * wide
+
+            def near(buffer):
+                return lambda place: read(buffer, place - begin)
+
+            for number, stage in enumerate(stages):
+                # Two sets of buffers in turn: what a stage reads, the next one but one overwrites.
+                now, before = (buffers[side * many :][:many] for side in (number % 2, 1 - number % 2))
+                outputs = targets[many * written.index(number) :][:many] if number in written else ()
+
+                def one_chunk(chunk, _, stage=stage, now=now, before=before, outputs=outputs, number=number):
+                    first = chunk * CHUNK
+                    # Past the end the last element again, so that every read is inside.
+                    place = jnp.minimum(iota((CHUNK,), 0) + (begin + first), count - 1)
+                    made = stage(
+                        [partial(read, s) for s in sources], [near(b) for b in before] if number else [], place
+                    )
+                    for buffer, result in zip(now, made, strict=True):
+                        buffer[pl.ds(first, CHUNK)] = result
+                    for target, result in zip(outputs, made, strict=False):
+                        target[pl.ds(begin + first, CHUNK)] = result
+
+                lax.fori_loop(0, wide // CHUNK, one_chunk, None)
+                # All four warps have written before any of them reads.
+                plgpu.commit_smem()
+
+        out = plgpu.kernel(
+            program,
+            out_type=[jax.ShapeDtypeStruct((padded,), dtype) for _ in written for dtype in dtypes],
+            scratch_types=[plgpu.SMEM((wide,), dtype) for _ in range(2) for dtype in dtypes],
+            grid=(padded // wide,),
+            grid_names=("span",),
+            compiler_params=PARAMETERS,
+        )(*arrays)
+        return tuple(array[:count] for array in out)
+
+    made = lax.platform_dependent(*flat, cuda=kernel, default=portable)
+    return [tuple(made[index * len(dtypes) :][: len(dtypes)]) for index in range(len(written))]
 
 
 def entries_of(array: Num[Array, "..."]) -> Read:  # noqa: UP037
