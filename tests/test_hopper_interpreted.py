@@ -158,7 +158,7 @@ def test_odd_steps_of_decoding_under_the_interpreter(monkeypatch, odd):
 
 @pytest.mark.parametrize(("length", "epoch"), [(150, 32), (1100, 1024)] if AVAILABLE else ())
 def test_selection_without_races_under_the_interpreter(monkeypatch, length, epoch):
-    """The kernels of selection against their portable form: several spans to a program, and several chunks to a span."""
+    """The kernels of selection against their portable form: several spans a program, and several chunks a span."""
     random = np.random.default_rng(length)
     gate = jnp.asarray(np.round(random.normal(size=(1, 2, length)), 1), jnp.float32)
     document = jnp.asarray(np.cumsum(random.random(length) < 0.01)[None] + 1, jnp.int32)

@@ -93,11 +93,12 @@ def staged(
     wide = span * (-(-CHUNK // span))
 
     def portable(*arrays):
-        reads, made, kept = [entries_of(array) for array in arrays], (), {}
-        for number, stage in enumerate(stages):
-            made = tuple(stage(reads, [entries_of(array) for array in made], jnp.arange(count, dtype=jnp.int32)))
-            kept[number] = made
-        return tuple(array for number in written for array in kept[number])
+        reads = [entries_of(array) for array in arrays]
+        made: list[Sequence[Num[Array, " n"]]] = []
+        for stage in stages:
+            held = [entries_of(array) for array in made[-1]] if made else []
+            made.append(stage(reads, held, jnp.arange(count, dtype=jnp.int32)))
+        return tuple(array for number in written for array in made[number])
 
     def kernel(*arrays):
         padded = -(-count // wide) * wide

@@ -26,10 +26,6 @@ class Tree:
     def blocks(self, array: Int32[Array, "R P"], size: int) -> Int32[Array, "R n c"]:
         return array.reshape(self.rows, self.padded // size, size)
 
-    def first(self, size: int) -> Int32[Array, " n"]:
-        """Where blocks begin."""
-        return jnp.arange(self.padded // size, dtype=jnp.int32) * size
-
     def lists(self, count: int, size: int, parts: Sequence[Int32[Array, " n"]]) -> Ranked:
         """Orders and positions, flat, as `count` lists a row."""
         order, position = (part.reshape(self.rows, count, size) for part in parts)
