@@ -22,6 +22,7 @@ from benchmarks import claims
 from benchmarks.attention_plot import WITHOUT_WINDOW, draw
 from train.dam import retrieve, sweep
 from train.experiments import ablation, mqar_sweep, retrieval, scaling
+from train.experiments.mqar_plots import plot_film
 
 HERE = Path(__file__).parent
 PASSES = {"forward": "forward", "both": "forward + backward"}
@@ -108,7 +109,11 @@ def recall(name: str, results: list[dict[str, Any]], figures: Path) -> str:
         f"{steps[-1]:,} steps; stopped by {', '.join(f'{why} ({count})' for why, count in sorted(stops.items()))}. "
         f"Windows of {windows} keys, margin in δ {margins}."
     )
-    return f"{said}\n\n{mqar_sweep.tables(results)}\n{_picture(name, 'Accuracy against width')}"
+    parts = [f"{said}\n", mqar_sweep.tables(results), _picture(name, "Accuracy against width")]
+    for result in (result for result in results if "film" in result):
+        plot_film(result, figures / f"{name}_{result['name']}.png")
+        parts.append(_picture(f"{name}_{result['name']}", "Masks over training"))
+    return "\n".join(parts)
 
 
 def ladder(name: str, content: dict[str, Any], figures: Path) -> str:

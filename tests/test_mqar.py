@@ -22,7 +22,7 @@ from train.experiments.mqar_cell import train_cell
 from train.experiments.mqar_config import MQARConfig, MQARSweep, resolve
 from train.experiments.mqar_data import Examples, make_examples
 from train.experiments.mqar_model import RecallModel
-from train.experiments.mqar_plots import MOST_SNAPSHOTS, GateHistory
+from train.experiments.mqar_plots import MOST_SNAPSHOTS, GateHistory, film_of
 from train.experiments.mqar_step import epoch_rows, gate_measures, make_programs
 from train.experiments.mqar_sweep import report, run_sweep
 from train.metrics_file import read_metrics
@@ -194,7 +194,12 @@ def test_a_cell_stopped_and_continued_is_the_cell_at_once(tmp_path, monkeypatch)
     assert (parts["test_loss"], parts["measures"]) == (whole["test_loss"], whole["measures"])
     assert [row["step"] for row in parts["history"]] == [15, 30]
     folder = tmp_path / "parts" / config.name
-    assert {path.name for path in (folder / "plots").iterdir()} == {"training.png", "gates.png", "masks.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {
+        "training.png", "gates.png", "masks.png", "film.png",
+    }  # fmt: skip
+    film = parts["film"]
+    assert film == whole["film"]
+    assert (film["steps"], film["stride"]) == ([15, 30], 1)
     assert not (folder / "checkpoints").exists()
     rows = read_metrics(folder / "metrics.csv")
     assert {"key_visible_0", "ties_0", "A_0"} <= set(rows[0])
@@ -207,13 +212,18 @@ def test_gate_history_stays_small_and_forgets_what_runs_again(tmp_path):
     path = tmp_path / "gates.npz"
     history = GateHistory(path, until=0)
     for step in range(1, 201):
-        history.add(step, np.full((2, 3), step))
+        history.add(step, np.full((2, 4), step))
     history.save()
     assert len(history.steps) <= MOST_SNAPSHOTS
     assert set(np.diff(history.steps)) == {4}
+    film = film_of(history, resolve(dataclasses.replace(TINY, length=4, pairs=1, window=2)))
+    assert len(film["steps"]) == 6
+    assert film["steps"][0] == 1
+    # Equal gates: the last two keys.
+    assert film["expiry"] == [["2 3 4 4"] * 2] * 6
     again = GateHistory(path, until=101)
     assert again.steps == [step for step in history.steps if step <= 101]
-    again.add(again.steps[-1] + 4, np.zeros((2, 3)))
+    again.add(again.steps[-1] + 4, np.zeros((2, 4)))
     assert set(np.diff(again.steps)) == {4}
 
 

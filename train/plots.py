@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -99,6 +101,23 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
+def plot_mask_film(
+    expiry: Int[np.ndarray, "T L S"], moments: Sequence[str], window: int, path: Path, title: str
+) -> None:
+    """The mask of one head of each layer at some moments of the training, which have names; colours as `plot_masks`."""
+    many, layers, length = expiry.shape
+    figure = Figure(figsize=(2.9 * many + 0.6, 2.9 * layers + 1.2), layout="constrained")
+    grid = figure.subplots(layers, many, squeeze=False)
+    for layer, number in itertools.product(range(layers), range(many)):
+        axes = grid[layer][number]
+        _draw_mask(axes, expiry[number, layer], window, np.ones(length, np.int32))
+        axes.set_title(moments[number], fontsize=10, color=INK, fontweight="bold", loc="left")
+        if not number:
+            axes.annotate(f"layer {layer}", (-0.32, 0.5), xycoords="axes fraction", rotation=90, va="center", color=INK)
+    _name_mask_axes(figure, grid, title)
+    save_figure(figure, path, dpi=110)
+
+
 def plot_masks(
     expiry: Int[np.ndarray, "L S K"],
     windows: Sequence[int],
@@ -112,27 +131,38 @@ def plot_masks(
     what only the learned mask sees (chosen, further back), and what it gave up for that. At most 8 layers and 4
     heads are drawn, spread evenly.
     """
-    layers, length, heads = expiry.shape
+    layers, _, heads = expiry.shape
     shown_layers, shown_heads = _spread(layers, MOST_LAYERS), _spread(heads, MOST_HEADS)
     figure = Figure(figsize=(3.1 * len(shown_layers) + 0.6, 3.35 * len(shown_heads) + 1.2), layout="constrained")
     grid = figure.subplots(len(shown_heads), len(shown_layers), squeeze=False)
     for row, head in enumerate(shown_heads):
         for column, layer in enumerate(shown_layers):
-            axes, window = grid[row][column], windows[head]
-            visible = visible_from_expiry(expiry[layer, :, head])
-            distance = np.arange(length)[:, None] - np.arange(length)[None, :]
-            far = float(np.sum(visible & (distance >= window)) / max(np.sum(visible), 1))
-            axes.imshow(_mask_colours(visible, window, segment_ids), interpolation="antialiased", aspect="equal")
-            # a sliding window of the same budget ends at this line
-            edge = np.array([0, max(length - window, 0)])
-            axes.plot(edge - 0.5, edge + window - 0.5, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
-            axes.set_xlim(-0.5, length - 0.5)
-            axes.set_ylim(length - 0.5, -0.5)
+            axes = grid[row][column]
+            _draw_mask(axes, expiry[layer, :, head], windows[head], segment_ids)
             axes.set_title(f"layer {layer} · head {head}", fontsize=11, color=INK, fontweight="bold", loc="left")
-            axes.set_title(f"{far:.0%} further back", fontsize=9, color=CHOSEN, loc="right")
-            axes.spines[:].set_visible(False)
-            axes.tick_params(labelsize=8, length=2, color="#9aa4b2", labelcolor="#5b6675")
-            axes.label_outer()
+    _name_mask_axes(figure, grid, title)
+    save_figure(figure, path, dpi=160)
+
+
+def _draw_mask(axes: Any, expiry: Int[np.ndarray, " S"], window: int, segment_ids: Int[np.ndarray, " S"]) -> None:
+    """One head's mask, and how much of it a sliding window of the same budget does not see."""
+    length = len(expiry)
+    visible = visible_from_expiry(expiry)
+    distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+    far = float(np.sum(visible & (distance >= window)) / max(np.sum(visible), 1))
+    axes.imshow(_mask_colours(visible, window, segment_ids), interpolation="antialiased", aspect="equal")
+    # a sliding window of the same budget ends at this line
+    edge = np.array([0, max(length - window, 0)])
+    axes.plot(edge - 0.5, edge + window - 0.5, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+    axes.set_xlim(-0.5, length - 0.5)
+    axes.set_ylim(length - 0.5, -0.5)
+    axes.set_title(f"{far:.0%} further back", fontsize=9, color=CHOSEN, loc="right")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(labelsize=8, length=2, color="#9aa4b2", labelcolor="#5b6675")
+    axes.label_outer()
+
+
+def _name_mask_axes(figure: Figure, grid: Any, title: str) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("key position", fontsize=9, color=INK)
     for axes in grid[:, 0]:
@@ -147,4 +177,3 @@ def plot_masks(
         ],
         loc="outside lower center", ncols=4, frameon=False, fontsize=10,
     )  # fmt: skip
-    save_figure(figure, path, dpi=160)

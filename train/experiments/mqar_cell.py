@@ -19,7 +19,7 @@ from train.checkpoint import CheckpointWriter
 from train.errors import ConfigError, TrainingDivergedError
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_config import MQARConfig
-from train.experiments.mqar_plots import GateHistory, plot_gates, plot_mqar_masks, plot_training
+from train.experiments.mqar_plots import GateHistory, film_of, plot_film, plot_gates, plot_mqar_masks, plot_training
 from train.experiments.mqar_step import Programs, make_programs, placed
 from train.experiments.results import RESULT, origin, write_json
 from train.interrupt import Interrupt
@@ -234,6 +234,9 @@ class _Session:
             ],
             **origin(),
         }
+        if self.history.steps:
+            result["film"] = film_of(self.history, config)
+            plot_film(result, self.directory.plots / "film.png")
         write_json(self.directory.path / RESULT, result)
         # A finished cell is never continued, and its checkpoint is the largest of its files.
         self.checkpoints.wait()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
+from dmattn_jax import select_keys
 from train.experiments.mqar_config import MQARConfig
 from train.metrics_file import read_metrics
-from train.plots import CHOSEN, INK, RECENT, plot_masks, save_figure
+from train.plots import CHOSEN, INK, RECENT, plot_mask_film, plot_masks, save_figure
 
 MOST_SNAPSHOTS = 64
 MOST_POSITIONS = 768
+MOST_MOMENTS, MOST_FILMED = 6, 256
 LAYER_COLOURS = (RECENT, CHOSEN, "#6a994e", "#8d5a97")
 
 
@@ -89,6 +94,35 @@ def plot_mqar_masks(expiry: Int[np.ndarray, "N L"], config: MQARConfig, step: in
         path,
         f"{config.name} · step {step:,}{shown}",
     )
+
+
+def film_of(history: GateHistory, config: MQARConfig) -> dict[str, Any]:
+    """The masks of one test example at up to 6 moments of the training, as JSON.
+
+    steps; stride: only every stride-th position is kept; window, in such positions; expiry [moments][layers], lifetimes
+    joined by spaces.
+    """
+    assert config.window is not None
+    moments = sorted({round(place) for place in np.linspace(0, len(history.steps) - 1, MOST_MOMENTS)})
+    gates = jnp.asarray(np.stack([history.gates[number] for number in moments]))
+    expiry = np.asarray(select_keys(gates.reshape(-1, config.length, 1), config.window)).reshape(gates.shape)
+    stride = -(-config.length // MOST_FILMED)
+    return {
+        "steps": [history.steps[number] for number in moments],
+        "stride": stride,
+        "window": max(config.window // stride, 1),
+        "expiry": [[" ".join(map(str, layer)) for layer in masks] for masks in -(-expiry[..., ::stride] // stride)],
+    }
+
+
+def plot_film(result: Mapping[str, Any], path: Path) -> None:
+    """The masks over training that a cell's result holds."""
+    film = result["film"]
+    accuracy = {row["step"]: row["accuracy"] for row in result["history"]}
+    expiry = np.array([[np.array(layer.split(), np.int32) for layer in masks] for masks in film["expiry"]])
+    moments = [f"step {step:,}: {accuracy[step]:.0%} right" for step in film["steps"]]
+    shown = "" if film["stride"] == 1 else f", every {film['stride']}th position"
+    plot_mask_film(expiry, moments, film["window"], path, f"{result['name']} · masks over training{shown}")
 
 
 def plot_training(metrics: Path, config: MQARConfig, path: Path) -> None:
