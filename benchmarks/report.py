@@ -84,6 +84,7 @@ def claims_table(records: Mapping[str, claims.Records]) -> str:
         *claims.scaling_claims(records["scaling"]),
         claims.needle_claim(records["needle"]),
         *claims.attention_claims(records["h200_attention"]),
+        *claims.training_claims(records["h200_train_step"]),
         claims.decode_claim(records["decode"]),
         claims.generation_claim(records["generation"]),
         *claims.dam_claims(records["dam_smollm2"], records["dam_sweep"], records["dam_prefill"]),

@@ -121,6 +121,19 @@ def test_dense_attention_is_compared_at_every_window_of_its_length(tmp_path):
     assert "| 8,192, 1,024, random | forward | 0.40 |  | 50% | 0 | 1.00 | 2.50× (2.50–2.50) |" in page
 
 
+def test_training_goals_are_of_one_run():
+    def step(attention: str, length: int, speed: float, mfu: float | None = None) -> dict:
+        return {"preset": "doge-320m", "attention": attention, "length": length, "tokens_per_second": speed,
+                "mfu": mfu, "error": None}  # fmt: skip
+
+    ours, dense = step("dma", 32_768, 310.0), step("mha", 32_768, 100.0)
+    speed, share = claims.training_claims({"a": {"rows": [ours, dense, step("dma", 2048, 1.0, 0.39)]}})
+    assert speed[1:] == ("3.10× (a)", claims.REACHED)
+    assert share[1:] == ("39.0% (a)", claims.MISSED)
+    apart = {"a": {"rows": [ours]}, "b": {"rows": [dense | {"error": "out of memory"}, step("dma", 2048, 1.0)]}}
+    assert [claim.verdict for claim in claims.training_claims(apart)] == [claims.NOT_RUN] * 2
+
+
 def test_decoding_is_flat_in_time_and_in_memory():
     def step(context: int, microseconds: float, cache: int) -> dict:
         return {"what": "dma mosaic_gpu", "batch": 3, "context": context, "microseconds": [microseconds],
