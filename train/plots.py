@@ -106,12 +106,12 @@ def plot_mask_film(
 ) -> None:
     """The mask of one head of each layer at some moments of the training, which have names; colours as `plot_masks`."""
     many, layers, length = expiry.shape
-    figure = Figure(figsize=(2.9 * many + 0.6, 2.9 * layers + 1.2), layout="constrained")
+    figure = Figure(figsize=(3.2 * many + 0.6, 3.2 * layers + 1.2), layout="constrained")
     grid = figure.subplots(layers, many, squeeze=False)
     for layer, number in itertools.product(range(layers), range(many)):
         axes = grid[layer][number]
         _draw_mask(axes, expiry[number, layer], window, np.ones(length, np.int32))
-        axes.set_title(moments[number], fontsize=10, color=INK, fontweight="bold", loc="left")
+        axes.set_title(moments[number], fontsize=9, color=INK, fontweight="bold", loc="left")
         if not number:
             axes.annotate(f"layer {layer}", (-0.32, 0.5), xycoords="axes fraction", rotation=90, va="center", color=INK)
     _name_mask_axes(figure, grid, title)
