@@ -218,6 +218,27 @@ class FakeCell:
     rate: float = 0.1
 
 
+def test_a_cell_is_its_process_s_until_its_result_is_written(tmp_path, capsys):
+    cell, done, trained = FakeCell("a"), [], []
+
+    def elsewhere(_):
+        raise AssertionError("trained twice at once")
+
+    def train(cell):
+        # Another process comes by after the training, before the result.
+        assert train_missing([cell], tmp_path, lambda cell: bool(done), elsewhere, Deadline(None)) == 0
+        assert f"passed over: {tmp_path / 'a'} is in use by another process" in capsys.readouterr().out
+        trained.append(cell.name)
+        done.append(cell.name)
+        return 0
+
+    assert train_missing([cell], tmp_path, lambda cell: bool(done), train, Deadline(None)) == 0
+    assert trained == ["a"]
+    # One that looked before the result was there looks again once the cell is free.
+    answers = iter([False, True])
+    assert train_missing([cell], tmp_path, lambda cell: next(answers), elsewhere, Deadline(None)) == 0
+
+
 def test_a_cell_that_diverged_is_a_result_and_not_trained_again(tmp_path, capsys):
     trained = []
 

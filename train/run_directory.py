@@ -15,6 +15,45 @@ from train.errors import ConfigError, RunDirectoryError, RunInUseError
 SAMPLE_HEAD = re.compile(r"^--- step (\d+)$", re.MULTILINE)
 
 
+class FolderLock:
+    """Says that a folder is this process's, until `release` or the end of the process; a context manager.
+
+    name: of the file that is locked. Locks of different names do not know of each other.
+    """
+
+    def __init__(self, folder: Path, name: str = ".lock") -> None:
+        self._folder, self._name = folder, name
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raises RunDirectoryError when the folder cannot be written, RunInUseError when another holds it."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / self._name).open("w")
+        except OSError as error:
+            raise _not_writable(self._folder, error) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise RunInUseError(f"{self._folder} is in use by another process: choose another --name") from None
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _not_writable(path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(f"cannot write in {path}: {error.strerror}; choose --runs-dir")
+
+
 class RunDirectory:
     """`runs/<name>/` and what lies in it."""
 
@@ -26,7 +65,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
         self.samples = path / "samples.txt"
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(path)
 
     def lock(self) -> None:
         """Makes the folder and takes it for this process until it ends, however it ends.
@@ -35,19 +74,12 @@ class RunDirectory:
         """
         try:
             self.plots.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise RunDirectoryError(f"cannot write in {self.path}: {error.strerror}; choose --runs-dir") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.unlock()
-            raise RunInUseError(f"{self.path} is in use by another process: choose another --name") from None
+            raise _not_writable(self.path, error) from error
+        self._lock.acquire()
 
     def unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def keep_samples(self, until: int) -> None:
         """Drops the samples of later steps: those steps run again."""

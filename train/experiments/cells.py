@@ -10,6 +10,7 @@ from train.errors import RunInUseError, TrainingDivergedError
 from train.experiments.deadline import Deadline
 from train.experiments.results import has_diverged, write_diverged
 from train.monitor import say
+from train.run_directory import FolderLock
 
 
 class Cell(Protocol):
@@ -43,15 +44,18 @@ def train_missing(
         if deadline.passed:
             say(f"time is up: {len(missing) - number + 1} cells are left; the same command continues")
             break
-        if ended(cell):
-            continue  # by another process, since the beginning
-        say(f"cell {number} of {len(missing)}: {cell.name}")
         try:
-            code = train(cell)
-        except TrainingDivergedError as error:
-            write_diverged(output / cell.name, cell, str(error))
-            say(f"diverged: {error}")
-            continue
+            # Until its result is written: a run's own lock ends with its training.
+            with FolderLock(output / cell.name, ".cell.lock"):
+                if ended(cell):
+                    continue  # by another process, since the beginning
+                say(f"cell {number} of {len(missing)}: {cell.name}")
+                try:
+                    code = train(cell)
+                except TrainingDivergedError as error:
+                    write_diverged(output / cell.name, cell, str(error))
+                    say(f"diverged: {error}")
+                    continue
         except RunInUseError as error:
             say(f"passed over: {error}")
             continue
