@@ -293,7 +293,7 @@ def test_a_sweep_trains_what_is_missing_and_continues(tmp_path, monkeypatch):
     def train(cell, output, deadline):
         asked.append(cell.name)
         result = finished(cell.attention, cell.dim, cell.seed, 0.5, "epochs")
-        (output / cell.name).mkdir(parents=True)
+        (output / cell.name).mkdir(exist_ok=True)
         (output / cell.name / "result.json").write_text(json.dumps(result))
         return mqar_cell.CellOutcome(result)
 
