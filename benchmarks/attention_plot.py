@@ -19,9 +19,9 @@ from typing import Any
 import tyro
 from matplotlib.figure import Figure
 
+from benchmarks.claims import WITHOUT_WINDOW
 from train.plots import INK, save_figure
 
-WITHOUT_WINDOW = ("cudnn dense", "flash attention 2")
 STYLES = ("o-", "s--", "^:", "d-.")
 COLOURS = {
     "dma mosaic_gpu": "#d95f02",
@@ -51,7 +51,7 @@ def draw(records: Sequence[dict[str, Any]], target: Path, windows: Sequence[int]
         raise ValueError(f"these records do not belong on one picture: {', '.join({heads, *others})}")
     figure = Figure(figsize=(10, 5), layout="constrained")
     found = [row for record in records for row in record["rows"] if row["gate"] == record["options"]["gates"][0]]
-    found = [row for row in found if not windows or row["window"] in windows or "dense" in row["what"]]
+    found = [row for row in found if not windows or row["window"] in windows or row["what"] in WITHOUT_WINDOW]
     styles = dict(zip(sorted({row["window"] for row in found}), itertools.cycle(STYLES)))
     panels = figure.subplots(1, 2)
     for axes, direction, title in zip(panels, ("forward", "both"), ("forward", "forward + backward"), strict=True):

@@ -126,7 +126,9 @@ class SpeedGoal(NamedTuple):
     ratio: float
 
 
-DENSE, SLIDING = "cudnn dense", "cudnn sliding window"
+OURS, DENSE, SLIDING, SELECTION = "dma mosaic_gpu", "cudnn dense", "cudnn sliding window", "select + layout"
+WITHOUT_WINDOW = (DENSE, "flash attention 2")
+"""What is measured once a length, beside whatever window."""
 SPEED_GOALS = (
     SpeedGoal(32_768, 1024, "forward", DENSE, 9),
     SpeedGoal(32_768, 1024, "both", DENSE, 7.5),
@@ -150,45 +152,49 @@ LONGEST = (1 << 20, 2048)
 def attention_claims(records: Records) -> list[Claim]:
     """The kernel goals for the shape of the paper's Table 5: selection included, medians, rivals of the same run."""
     times = {
-        file: attention_times(content)
+        file: {key: statistics.median(row["milliseconds"]) for key, row in attention_rows(content).items()}
         for file, content in records.items()
         if content["options"].items() >= TABLE_5.items()
     }
-    claims = [_speed_claim(goal, times) for goal in SPEED_GOALS]
+
+    def of_each(length: int, window: int, direction: str, what: str) -> dict[str, float]:
+        key = (length, window, "random", direction, what)
+        return {file: own[key] for file, own in times.items() if key in own}
+
+    claims = [_speed_claim(goal, of_each(*goal[:3], OURS), of_each(*goal[:3], goal.rival)) for goal in SPEED_GOALS]
     for length, window, most in SELECTION_GOALS:
-        found = {f: own[k] for f, own in times.items() if (k := ("select + layout", length, window, "forward")) in own}
+        found = of_each(length, window, "forward", SELECTION)
         measured = "; ".join(f"{time:.3f} ms ({file})" for file, time in found.items())
         said = f"goal: {length:,} tokens, w {window:,}, keys of 8 heads chosen and listed in at most {most:g} ms"
         reached = MISSED if any(time > most for time in found.values()) else REACHED
         claims.append(Claim(said, measured, reached if found else NOT_RUN))
     length, window = LONGEST
-    found = {
-        file: own["dma mosaic_gpu", length, window, "both"]
-        for file, own in times.items()
-        if ("dma mosaic_gpu", length, window, "both") in own
-    }
+    found = of_each(length, window, "both", OURS)
     measured = "; ".join(f"{time:,.0f} ms ({file})" for file, time in found.items())
     said = f"goal: {length:,} tokens, w {window:,}, forward and backward on one card"
     return [*claims, Claim(said, measured, REACHED if found else NOT_RUN)]
 
 
-def attention_times(content: Mapping[str, Any]) -> dict[tuple[str, int, int, str], float]:
-    """Medians in milliseconds by (what, length, window, direction), for the random gate. Dense attention has no window
-    and is filed under each window of its length: the time measured beside it, else the first of that length."""
-    rows = [row for row in content["rows"] if row["gate"] == "random" and row["milliseconds"]]
-    medians = {
-        (row["what"], row["length"], row["window"], row["direction"]): statistics.median(row["milliseconds"])
-        for row in rows
+def attention_rows(content: Mapping[str, Any]) -> dict[tuple[int, int, str, str, str], Mapping[str, Any]]:
+    """A record's rows by (length, window, gate, direction, what). What has no window is filed under every window of its
+    length: the row measured beside it, else the first of that length."""
+    rows = {
+        (row["length"], row["window"], row["gate"], row["direction"], row["what"]): row
+        for row in content["rows"]
+        if row["milliseconds"]
     }
-    for row in rows:
-        key = (DENSE, row["length"], row["window"], row["direction"])
-        same = (t for (what, n, _, d), t in list(medians.items()) if (what, n, d) == (DENSE, row["length"], key[3]))
-        if key not in medians and (time := next(same, None)) is not None:
-            medians[key] = time
-    return medians
+    first: dict[tuple[int, str, str, str], Mapping[str, Any]] = {}
+    for (length, _, *rest), row in rows.items():
+        first.setdefault((length, *rest), row)
+    for length, window, gate, direction in dict.fromkeys(key[:4] for key in rows):
+        for what in WITHOUT_WINDOW:
+            if (row := first.get((length, gate, direction, what))) is not None:
+                rows.setdefault((length, window, gate, direction, what), row)
+    return rows
 
 
-def _speed_claim(goal: SpeedGoal, times: Mapping[str, dict[tuple[str, int, int, str], float]]) -> Claim:
+def _speed_claim(goal: SpeedGoal, ours: Mapping[str, float], rivals: Mapping[str, float]) -> Claim:
+    """ours, rivals: milliseconds by file; only files that have both are compared."""
     passes = "forward and backward" if goal.direction == "both" else "forward"
     said = f"goal: {goal.length:,} tokens, w {goal.window:,}, {passes} "
     if goal.ratio >= 1:
@@ -197,10 +203,8 @@ def _speed_claim(goal: SpeedGoal, times: Mapping[str, dict[tuple[str, int, int, 
         said += f"in at most {1 / goal.ratio:.4g}× the time of cuDNN "
     said += goal.rival.removeprefix("cudnn ")
     ratios, parts = [], []
-    for file, table in times.items():
-        own, other = (table.get((what, *goal[:3])) for what in ("dma mosaic_gpu", goal.rival))
-        if own is None or other is None:
-            continue
+    for file in (file for file in ours if file in rivals):
+        own, other = ours[file], rivals[file]
         ratios.append(other / own)
         shown = f"{other / own:.1f}×" if goal.ratio >= 1 else f"{own / other:.2f}×"
         parts.append(f"{shown} ({own:.2f} ms; {file})")
@@ -241,7 +245,7 @@ def decode_claim(records: Records) -> Claim:
     """A layer's step of decoding: the same time and memory after the longest context as after the shortest."""
     parts, reached = [], []
     for file, content in records.items():
-        rows = [row for row in content["rows"] if row["what"] == "dma mosaic_gpu" and row["microseconds"]]
+        rows = [row for row in content["rows"] if row["what"] == OURS and row["microseconds"]]
         for batch in sorted({row["batch"] for row in rows}):
             own = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["context"])
             first, last = own[0], own[-1]

@@ -19,15 +19,15 @@ from typing import Any
 import tyro
 
 from benchmarks import claims
-from benchmarks.attention_plot import WITHOUT_WINDOW, draw
+from benchmarks.attention_plot import draw
+from benchmarks.claims import DENSE, OURS, SELECTION, SLIDING, attention_rows
 from train.dam import retrieve, sweep
 from train.experiments import ablation, mqar_sweep, retrieval, scaling
 from train.experiments.mqar_plots import plot_film
 
 HERE = Path(__file__).parent
 PASSES = {"forward": "forward", "both": "forward + backward"}
-OURS = "dma mosaic_gpu"
-RIVALS = ("cudnn dense", "cudnn sliding window", "flash attention 2", "flex attention", "dma xla")
+RIVALS = (DENSE, SLIDING, "flash attention 2", "flex attention", "dma xla")
 
 
 @dataclass(frozen=True)
@@ -181,28 +181,19 @@ def train_step(name: str, content: dict[str, Any], figures: Path) -> str:
 
 def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
     draw([content], figures / f"{name}.png")
-    rows = {
-        (row["length"], row["window"], row["gate"], row["direction"], row["what"]): row
-        for row in content["rows"]
-        if row["milliseconds"]
-    }
+    rows = attention_rows(content)
     shapes = list(dict.fromkeys(key[:4] for key in rows if key[4] == OURS))
     measured = {key[4] for key in rows}
     rivals = [what for what in RIVALS if what in measured]
-    heads = ["tokens, window, gate", "", OURS, "select + layout", "of a matrix product", "MiB"]
+    heads = ["tokens, window, gate", "", OURS, SELECTION, "of a matrix product", "MiB"]
     lines = _header([*heads, *(part for what in rivals for part in (what, "÷ ours"))])
     for length, window, gate, direction in shapes:
         own = rows[length, window, gate, direction, OURS]
-        chosen = rows.get((length, window, gate, "forward", "select + layout"))
+        chosen = rows.get((length, window, gate, "forward", SELECTION))
         shown = [f"{length:,}, {window:,}, {gate}", PASSES[direction], _milliseconds(own), _milliseconds(chosen)]
         shown += [f"{own['share_of_matmul']:.0%}", f"{own['temporary_bytes'] / 2**20:,.0f}"]
         for what in rivals:
             other = rows.get((length, window, gate, direction, what))
-            if other is None and what in WITHOUT_WINDOW and gate == "random":
-                # Measured once a length.
-                other = next(
-                    (row for key, row in rows.items() if key[::2] == (length, gate, what) and key[3] == direction), None
-                )
             shown += [_milliseconds(other), _ratio(other, own)]
         lines.append("| " + " | ".join(shown) + " |")
     options = content["options"]
@@ -237,14 +228,14 @@ def _header(names: list[str]) -> list[str]:
     return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
 
 
-def _milliseconds(row: dict[str, Any] | None) -> str:
+def _milliseconds(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
     median = statistics.median(row["milliseconds"])
     return f"{median:.2f}" if median < 100 else f"{median:.0f}"
 
 
-def _ratio(other: dict[str, Any] | None, own: dict[str, Any]) -> str:
+def _ratio(other: Mapping[str, Any] | None, own: Mapping[str, Any]) -> str:
     """A rival's time over ours, with its range."""
     if other is None:
         return ""

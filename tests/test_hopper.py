@@ -224,7 +224,7 @@ def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, d
     program = jax.jit(both).trace(query, key, key, gate, query).lower(lowering_platforms=("cuda",)).as_text()
     kernels = program.count("stablehlo.custom_call @mosaic_gpu")
     # Three of attention; with lists also their merges, tables and sums.
-    assert kernels >= (3 if window >= keys else 12), f"{kernels} kernels"
+    assert kernels >= (3 if window >= keys else 14), f"{kernels} kernels"
 
 
 def test_epochs_are_powers_of_two():

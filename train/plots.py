@@ -97,7 +97,7 @@ def _mask_colours(visible: np.ndarray, window: int, segments: np.ndarray) -> np.
     return palette[codes].astype(np.uint8)
 
 
-def _spread(count: int, most: int) -> list[int]:
+def spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
@@ -132,7 +132,7 @@ def plot_masks(
     heads are drawn, spread evenly.
     """
     layers, _, heads = expiry.shape
-    shown_layers, shown_heads = _spread(layers, MOST_LAYERS), _spread(heads, MOST_HEADS)
+    shown_layers, shown_heads = spread(layers, MOST_LAYERS), spread(heads, MOST_HEADS)
     figure = Figure(figsize=(3.1 * len(shown_layers) + 0.6, 3.35 * len(shown_heads) + 1.2), layout="constrained")
     grid = figure.subplots(len(shown_heads), len(shown_layers), squeeze=False)
     for row, head in enumerate(shown_heads):

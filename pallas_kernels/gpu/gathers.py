@@ -126,7 +126,7 @@ def staged(
                     )
                     for buffer, result in zip(now, made, strict=True):
                         buffer[pl.ds(first, CHUNK)] = result
-                    for target, result in zip(outputs, made, strict=False):
+                    for target, result in zip(outputs, made if outputs else (), strict=True):
                         target[pl.ds(begin + first, CHUNK)] = result
 
                 lax.fori_loop(0, wide // CHUNK, one_chunk, None)

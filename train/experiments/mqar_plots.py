@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from dmattn_jax import select_keys
 from train.experiments.mqar_config import MQARConfig
 from train.metrics_file import read_metrics
-from train.plots import CHOSEN, INK, RECENT, plot_mask_film, plot_masks, save_figure
+from train.plots import CHOSEN, INK, RECENT, plot_mask_film, plot_masks, save_figure, spread
 
 MOST_SNAPSHOTS = 64
 MOST_POSITIONS = 768
@@ -83,17 +83,20 @@ def plot_gates(history: GateHistory, config: MQARConfig, path: Path) -> None:
 def plot_mqar_masks(expiry: Int[np.ndarray, "N L"], config: MQARConfig, step: int, path: Path) -> None:
     """The mask of every layer on one test example; long ones are drawn for every k-th query and key."""
     assert config.window is not None
-    stride = -(-expiry.shape[1] // MOST_POSITIONS)
+    sampled, window, stride = _sampled(expiry, config.window, MOST_POSITIONS)
+    segments = np.ones(sampled.shape[1], np.int32)
+    plot_masks(sampled[..., None], (window,), segments, path, f"{config.name} · step {step:,}{_every(stride)}")
+
+
+def _sampled(expiry: Int[np.ndarray, "*n L"], window: int, most: int) -> tuple[Int[np.ndarray, "*n l"], int, int]:
+    """Every stride-th query and key, so that at most `most` are left; the window in such steps; the stride."""
+    stride = -(-expiry.shape[-1] // most)
     # Key j·k is visible to query i·k iff j <= i < expiry / k.
-    sampled = -(-expiry[:, ::stride] // stride)
-    shown = "" if stride == 1 else f", every {stride}th position"
-    plot_masks(
-        sampled[..., None],
-        (max(config.window // stride, 1),),
-        np.ones(sampled.shape[1], np.int32),
-        path,
-        f"{config.name} · step {step:,}{shown}",
-    )
+    return -(-expiry[..., ::stride] // stride), max(window // stride, 1), stride
+
+
+def _every(stride: int) -> str:
+    return "" if stride == 1 else f", every {stride}th position"
 
 
 def film_of(history: GateHistory, config: MQARConfig) -> dict[str, Any]:
@@ -103,15 +106,15 @@ def film_of(history: GateHistory, config: MQARConfig) -> dict[str, Any]:
     joined by spaces.
     """
     assert config.window is not None
-    moments = sorted({round(place) for place in np.linspace(0, len(history.steps) - 1, MOST_MOMENTS)})
+    moments = spread(len(history.steps), MOST_MOMENTS)
     gates = jnp.asarray(np.stack([history.gates[number] for number in moments]))
     expiry = np.asarray(select_keys(gates.reshape(-1, config.length, 1), config.window)).reshape(gates.shape)
-    stride = -(-config.length // MOST_FILMED)
+    sampled, window, stride = _sampled(expiry, config.window, MOST_FILMED)
     return {
         "steps": [history.steps[number] for number in moments],
         "stride": stride,
-        "window": max(config.window // stride, 1),
-        "expiry": [[" ".join(map(str, layer)) for layer in masks] for masks in -(-expiry[..., ::stride] // stride)],
+        "window": window,
+        "expiry": [[" ".join(map(str, layer)) for layer in masks] for masks in sampled],
     }
 
 
@@ -121,8 +124,8 @@ def plot_film(result: Mapping[str, Any], path: Path) -> None:
     accuracy = {row["step"]: row["accuracy"] for row in result["history"]}
     expiry = np.array([[np.array(layer.split(), np.int32) for layer in masks] for masks in film["expiry"]])
     moments = [f"step {step:,}: {accuracy[step]:.0%} right" for step in film["steps"]]
-    shown = "" if film["stride"] == 1 else f", every {film['stride']}th position"
-    plot_mask_film(expiry, moments, film["window"], path, f"{result['name']} · masks over training{shown}")
+    title = f"{result['name']} · masks over training{_every(film['stride'])}"
+    plot_mask_film(expiry, moments, film["window"], path, title)
 
 
 def plot_training(metrics: Path, config: MQARConfig, path: Path) -> None:
