@@ -9,6 +9,7 @@ of 8,192³, and `share of it` counts 4·D operations for every visible (query, k
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,9 @@ PORTABLE_LENGTH = 8192
 """Where a faster implementation runs, the portable one is measured up to here only."""
 DENSE_LENGTH = 1 << 17
 """Dense attention is measured up to here: at a million tokens forward and backward are a minute."""
+
+IN_FLIGHT = 12
+"""Calls in a queue, and programs of its head start: XLA lets 32 wait for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -93,28 +97,78 @@ def make_inputs(options: Options, length: int, gate: str) -> list[jax.Array]:
 
 
 def measure(programs: Sequence[tuple[jax.stages.Compiled, list[jax.Array]]], repeats: int) -> list[list[float]]:
-    """Milliseconds a call of each program with its arguments, per repeat.
+    """Milliseconds that a call of each program with its arguments takes the device, per repeat.
 
-    A repeat queues calls for about 50 ms, so that launches are hidden. Programs take turns: a device that grows warm
-    in between is as warm for all of them.
+    A repeat queues calls for about 50 ms. Programs take turns: a device that grows warm in between is as warm for all
+    of them. On a GPU calls wait in the queue until all of them are there, so that what is timed is the device, not how
+    fast this machine starts kernels, which takes longer than many a small one.
     """
-    calls = []
+    device = HeadStart() if jax.default_backend() == "gpu" else None
+    plans = []
     for compiled, arguments in programs:
         jax.block_until_ready(compiled(*arguments))
         begin = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
-        calls.append(max(1, min(200, int(0.05 / max(time.perf_counter() - begin, 1e-6)))))
+        calls = max(1, int(0.05 / max(time.perf_counter() - begin, 1e-6)))
+        most = IN_FLIGHT if device else 200
+        plans.append((min(most, calls), min(10, -(-calls // most)) if device else 1))
     times: list[list[float]] = [[] for _ in programs]
     for _ in range(repeats):
-        for (compiled, arguments), count, own in zip(programs, calls, times, strict=True):
-            begin = time.perf_counter()
-            for _ in range(count):
-                result = compiled(*arguments)
-            jax.block_until_ready(result)
-            own.append((time.perf_counter() - begin) / count * 1e3)
-            # Or the next program runs beside the results of this one.
-            del result
+        for (compiled, arguments), (calls, rounds), own in zip(programs, plans, times, strict=True):
+
+            def call(compiled=compiled, arguments=arguments, calls=calls):
+                for _ in range(calls):
+                    result = compiled(*arguments)
+                return result
+
+            # What a round returns is let go, or the next program runs beside its results.
+            seconds = sum(device.seconds_of(call) if device else seconds_of(call) for _ in range(rounds))
+            own.append(seconds / (calls * rounds) * 1e3)
     return times
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """From the first call until all are done."""
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
+
+
+class HeadStart:
+    """Work that keeps a GPU busy for as long as it takes to queue calls behind it."""
+
+    def __init__(self) -> None:
+        self.matrix = jnp.zeros((8192, 8192), jnp.bfloat16)
+        self.multiply = jax.jit(jnp.dot).lower(self.matrix, self.matrix).compile()
+        self._busy(1)
+        self.product_seconds = seconds_of(lambda: self._busy(1))
+
+    def _busy(self, products: int) -> jax.Array:
+        for _ in range(products):
+            done = self.multiply(self.matrix, self.matrix)
+        return done
+
+    def seconds_of(self, call: Callable[[], Any]) -> float:
+        """From the end of the head start until all calls are done.
+
+        A program that waits for the device itself, as loops of XLA's do, is not queued faster than it runs however long
+        the head start: it is timed without one.
+        """
+        products = 2
+        while products <= IN_FLIGHT:
+            busy = self._busy(products)
+            begin = time.perf_counter()
+            result = call()
+            queued = time.perf_counter() - begin
+            if not busy.is_ready():
+                jax.block_until_ready(busy)
+                begin = time.perf_counter()
+                jax.block_until_ready(result)
+                return time.perf_counter() - begin
+            jax.block_until_ready(result)
+            del result
+            products = max(2 * products, math.ceil(1.5 * queued / self.product_seconds))
+        return seconds_of(call)
 
 
 def peers(window: int) -> dict[str, Callable[..., jax.Array]]:

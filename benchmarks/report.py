@@ -203,6 +203,8 @@ def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
         f"medians of {options['repeats']}, and the range of a ratio over all pairs of repeats. MiB: temporary memory. "
         f"A matrix product of 8,192³ reaches {content['matrix_product_flops'] / 1e12:.0f} TFLOP/s in the same run."
     )
+    if content.get("note"):
+        said += f" {content['note']}"
     return f"{said}\n\n" + "\n".join(lines) + f"\n\n{_picture(name, 'Time of attention against length')}"
 
 

@@ -53,6 +53,55 @@ def test_steps_of_decoding(tmp_path):
     assert record["errors"]["xla"] <= decode.BAR
 
 
+class Device:
+    """A device whose queue is done one program after the other, and the clock beside it."""
+
+    def __init__(self):
+        self.now, self.done = 0.0, 0.0
+
+    def queue(self, seconds: float, *, to_queue: float = 0.0, waits: bool = False):
+        """A program; waits: queuing it takes until the device is done with all before it."""
+        self.now = (max(self.now, self.done) if waits else self.now) + to_queue
+        end = self.done = max(self.now, self.done) + seconds
+
+        class Result:
+            def is_ready(_):
+                return self.now >= end
+
+            def block_until_ready(result):
+                self.now = max(self.now, end)
+                return result
+
+        return Result()
+
+
+@pytest.mark.parametrize(
+    ("waits", "to_queue", "counted"),
+    [
+        # Queued in half of the first head start; in half of a longer one; and never, so that all of it counts.
+        (False, 0.2, 5 * 0.1),
+        (False, 1.5, 5 * 0.1),
+        (True, 0.2, 5 * 0.3),
+    ],
+)
+def test_calls_are_timed_on_the_device(monkeypatch, waits, to_queue, counted):
+    """Five calls of 0.1 s behind products of 1 s, each of which takes this machine longer than it takes the device."""
+    from benchmarks import attention
+
+    device = Device()
+    monkeypatch.setattr(attention.time, "perf_counter", lambda: device.now)
+    ahead = attention.HeadStart.__new__(attention.HeadStart)
+    ahead.product_seconds = 1.0
+    ahead._busy = lambda products: device.queue(products * ahead.product_seconds)
+
+    def call():
+        for _ in range(5):
+            result = device.queue(0.1, to_queue=to_queue, waits=waits)
+        return result
+
+    assert ahead.seconds_of(call) == pytest.approx(counted)
+
+
 @pytest.mark.slow
 def test_prompts_through_masks(tmp_path):
     from benchmarks import dam

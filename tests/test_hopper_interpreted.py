@@ -36,6 +36,7 @@ INTERPRETED = {
         {"keys": 601, "queries": 523, "window": 20, "gate": "rounded", "kv_heads": 1},
         "float16",
     ),
+    "four keys, whose gradients nearly cancel": ({"keys": 4, "window": 3, "kv_heads": 1, "dim": 16}, "float16"),
     "narrow heads": ({"keys": 257, "window": 300, "gate": "holes", "dim": 40}, "float16"),
     "heads of 192, lists": ({"keys": 601, "window": 20, "gate": "rounded", "kv_heads": 1, "dim": 192}, "bfloat16"),
     "heads of 256, no lists": ({"keys": 201, "window": 77, "segments": "inside", "dim": 250}, "float16"),
@@ -50,8 +51,11 @@ def test_kernels_without_races_under_the_interpreter(monkeypatch, name):
     options = {"batch": 1, "kv_heads": 2, "dim": 64, "multiprocessors": 2, **options}
     interpret(monkeypatch, options.pop("multiprocessors"))
     case = rounded(make_case(**options), dtype)
-    got = run(case, dtype, implementation="mosaic_gpu")
-    assert_close(got, truth(case), ratio=RATIO[dtype], each=EACH[dtype], zero=residue(case, dtype))
+    got, want = run(case, dtype, implementation="mosaic_gpu"), truth(case)
+    assert_close(got, want, ratio=RATIO[dtype], each=EACH[dtype], zero=residue(case, dtype))
+    if dtype == "float16":
+        # The gate's gradient does not have the rounding of the outputs in it.
+        assert rms_ratio(got[4], want[4]) <= 1e-5
 
 
 @pytest.mark.parametrize(("place", "dim"), [("key", 64), ("value", 64), ("value", 256)] if AVAILABLE else ())

@@ -66,7 +66,6 @@ class KeyGradientSizes(PassSizes):
                 *(plgpu.Barrier(num_barriers=self.stages) for _ in range(3)),
                 *(plgpu.Barrier(num_arrivals=2, num_barriers=self.stages) for _ in range(3)),
             ),
-            reduces=True,
         )
 
 

@@ -1,6 +1,11 @@
 """dq on Hopper: the forward's walk once more, with the weights recomputed from the normalizer.
 
 Per tile: weights P = exp2(S − shift)/total, dP = dO·Vᵀ, dS = P ∘ (dP − Σ dO·O), dQ += dS·K.
+
+Σ dO·O is made of outputs rounded to half precision, and that is the largest error of dbias. Since the weights of a
+query sum to 1, a row of dS sums to 0 but for this error: so the walk knows it, and the key gradients, which come after,
+can be given the sum without it. Knowing it takes a twelfth of the backward pass, so only float16 asks for it, whose
+users ask for digits.
 """
 
 from __future__ import annotations
@@ -20,6 +25,11 @@ from pallas_kernels.gpu.scratch import HALF_TILE, PassSizes, Scratch, warp_speci
 from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile
 
 HALF = BLOCK_Q // 2
+
+
+def knows_lack(dtype: DTypeLike) -> bool:
+    """Whether `query_gradient` tells what Σ dout·out lacks."""
+    return jnp.dtype(dtype) == jnp.float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +59,13 @@ class QueryGradientSizes(PassSizes):
                 plgpu.SMEM((self.stages, self.block_k, self.head_dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((self.value_stages, self.block_k, self.head_dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((self.value_stages, 3, self.block_k), jnp.float32),
+                plgpu.SMEM((2, HALF), jnp.float32),
             ),
             (
                 plgpu.Barrier(num_barriers=4 if self.loads_statistics else 6),
                 *(plgpu.Barrier(num_barriers=n) for n in stages),
                 *(plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in stages),
             ),
-            reduces=False,
         )
 
 
@@ -68,8 +78,11 @@ def query_gradient(
     *,
     scale: float,
     sizes: QueryGradientSizes,
-) -> Float[Array, "B T H D"]:
-    """dq; stats: the softmax's shift in base 2, 1/total, and Σ dout·out of every query."""
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+    """dq, and what Σ dout·out lacks, or zeros (`knows_lack`).
+
+    stats: the softmax's shift in base 2, 1/total, and Σ dout·out of every query.
+    """
     batch, queries, heads, dim = query.shape
     group = heads // rows.key.shape[2]
     block_k = sizes.block_k
@@ -77,8 +90,8 @@ def query_gradient(
     tiles, tiles_per_epoch = queries // BLOCK_Q, rows.epoch_size // BLOCK_Q
     factor = scale * LOG2E
 
-    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, *, scratch):
-        (q_smem, do_smem, *stats_smem, k_smem, v_smem, meta_smem), barriers = scratch
+    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, lack_ref, *, scratch):
+        (q_smem, do_smem, *stats_smem, k_smem, v_smem, meta_smem, lack_smem), barriers = scratch
         own, k_full, v_full, meta_full, k_free, v_free, meta_free = barriers
         # The last axis of the grid runs fastest: heads that share keys together, and the long last tiles first.
         tile, item, head = tiles - 1 - lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
@@ -143,20 +156,27 @@ def query_gradient(
                 plgpu.barrier_wait(v_full.at[value_slot])
                 dweights = multiply(own_half(do_smem, number), v_smem.at[value_slot])
                 plgpu.barrier_arrive(v_free.at[value_slot])
-                dscores = (weights * (dweights - lax.broadcast_in_dim(delta, shape, [0]))).astype(dtype)
+                dscores = weights * (dweights - lax.broadcast_in_dim(delta, shape, [0]))
+                low = dscores.astype(dtype)
 
                 def add(acc):
-                    plgpu.wgmma(acc, dscores, k_smem.at[slot])
+                    plgpu.wgmma(acc, low, k_smem.at[slot])
+                    if knows_lack(dtype):
+                        # While the product runs.
+                        lack[...] = load_vector(lack, by_row) + dscores.sum(axis=1)
 
                 dquery = pl.run_state(add)(plgpu.ACC.init(dquery))
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dquery
 
+            lack = lack_smem.at[thread]
+            lack[...] = plgpu.layout_cast(jnp.full((HALF,), 0, jnp.float32), by_row)
             dquery = lax.fori_loop(0, whole, lambda n, c: step(n, c, False), dquery)
             dquery = lax.fori_loop(whole, count, lambda n, c: step(n, c, True), dquery)
             q_tile[...] = (dquery * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[item, at, head])
+            plgpu.copy_smem_to_gmem(lack, lack_ref.at[item, head, at])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == 2)
@@ -176,7 +196,10 @@ def query_gradient(
     return warp_specialized(
         body,
         sizes.scratch(dtype),
-        out_type=jax.ShapeDtypeStruct(query.shape, dtype),
+        out_type=[
+            jax.ShapeDtypeStruct(query.shape, dtype),
+            jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+        ],
         grid=(tiles, batch, heads),
         grid_names=("tile", "batch", "head"),
     )(query, dout, stats, rows.key, rows.value, rows.meta, runs)

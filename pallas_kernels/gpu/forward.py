@@ -59,7 +59,6 @@ class ForwardSizes(PassSizes):
                 plgpu.Barrier(num_barriers=buffers),
                 plgpu.Barrier(num_arrivals=2),
             ),
-            reduces=True,
         )
 
 

@@ -40,17 +40,23 @@ class Pieces(NamedTuple):
 
     def for_each(self, program: Any, visit: Callable[..., Any]) -> None:
         """visit(number among the program's pieces, key tiles of the earlier ones, item of the batch, head, tile) ->
-        its key tiles. Heads that share keys come together, the last tiles first."""
-        count = self.batch * self.heads * self.tiles
+        its key tiles. Heads that share keys come together, the last tiles first, and programs take every second round
+        backwards: without lists the last tiles are the longest, and who began a round ends the next one."""
+        count, last = self.batch * self.heads * self.tiles, self.programs - 1
 
         def run(number, done):
-            number_of_all, heads = program + number * self.programs, jnp.int32(self.heads)
+            within, heads = (
+                jnp.where(lax.rem(number, jnp.int32(2)) == 0, program, last - program),
+                jnp.int32(self.heads),
+            )
+            number_of_all = within + number * self.programs
             rest, head = lax.div(number_of_all, heads), lax.rem(number_of_all, heads)
             batch = jnp.int32(self.batch)
             return done + visit(number, done, lax.rem(rest, batch), head, self.tiles - 1 - lax.div(rest, batch))
 
-        turns = lax.div(count - program + self.programs - 1, jnp.int32(self.programs))
-        lax.fori_loop(0, turns, run, jnp.int32(0))
+        rounds, left = divmod(count, self.programs)
+        turn = last - program if rounds % 2 else program
+        lax.fori_loop(0, rounds + (turn < left).astype(jnp.int32), run, jnp.int32(0))
 
 
 def produce(

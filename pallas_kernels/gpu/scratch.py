@@ -26,24 +26,22 @@ _ALIGNMENT = 1024
 _BARRIER = 8
 
 
-_PARAMETERS = plgpu.CompilerParams(approx_math=True)
+# A product's rows lie within warps, so that sums along them need none of the memory that the compiler would set aside.
+_PARAMETERS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
 
 
 class Scratch(NamedTuple):
-    """Buffers and barriers, in the order in which the kernel's body takes them. reduces: whether it sums over an axis
-    or takes a maximum, for which the compiler sets memory aside."""
+    """Buffers and barriers, in the order in which the kernel's body takes them."""
 
     buffers: tuple[Any, ...]
     barriers: tuple[Any, ...]
-    reduces: bool
 
     @property
     def size(self) -> int:
         """Bytes of shared memory."""
         sizes = (math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in self.buffers)
         barriers = sum(int(np.prod(barrier.num_barriers)) for barrier in self.barriers)
-        aside = _PARAMETERS.reduction_scratch_bytes if self.reduces else 0
-        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes) + aside + barriers * _BARRIER
+        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes) + barriers * _BARRIER
 
 
 @dataclass(frozen=True, kw_only=True)

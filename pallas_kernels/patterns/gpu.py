@@ -222,7 +222,6 @@ def _scratch(dim: int, dtype: DTypeLike) -> Scratch:
             plgpu.Barrier(num_barriers=4),
             plgpu.Barrier(num_arrivals=2),
         ),
-        reduces=True,
     )
 
 
