@@ -221,6 +221,21 @@ def test_a_real_interrupt_leaves_no_traceback(trained):
     assert b"Traceback" not in errors
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"]])
+def test_a_reader_that_leaves_early_sees_no_traceback(command, unbuffered):
+    """As under `| head`; what is printed may be in the buffer until the end."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "train.cli", *command],
+        env=environment() | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait(60) == 141
+
+
 def test_the_server_listens_on_loopback_unless_told(trained, monkeypatch):
     asked = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,24 +39,35 @@ Examples:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for what the user can put right, 3 for a diverged run."""
-    args = list(sys.argv[1:] if args is None else args)
     try:
-        if not args or args[0] in ("-h", "--help"):
-            print(overview())
-            return 0
-        if args[0] == "--version":
-            from importlib.metadata import version
-
-            print(f"dmattn-jax {version('dmattn-jax')}")
-            return 0
-        if args[0] not in COMMANDS:
-            raise UserError(f"unknown command {args[0]!r}{_closest(args[0], COMMANDS)}; see dmattn --help")
-        return COMMANDS[args[0]][1](args[1:])
+        try:
+            return _run(list(sys.argv[1:] if args is None else args))
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print("dmattn: " + " ".join(str(error).split()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Who read the output has seen enough (`| head`). What is left in the buffer goes nowhere, or it would be tried
+        # again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dmattn-jax {version('dmattn-jax')}")
+        return 0
+    if args[0] not in COMMANDS:
+        raise UserError(f"unknown command {args[0]!r}{_closest(args[0], COMMANDS)}; see dmattn --help")
+    return COMMANDS[args[0]][1](args[1:])
 
 
 def overview() -> str:
