@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -10,12 +11,14 @@ import time
 
 import pytest
 from small_run import ROOT, environment, write_corpus
+from tqdm import tqdm
 
 from train.config import DataConfig, TrainConfig
 from train.data import training_texts
 from train.errors import ConfigError
 from train.experiments import text
-from train.experiments.jobs import environment_of, run_jobs, visible_gpus
+from train.experiments.jobs import count_done, environment_of, run_jobs, visible_gpus
+from train.experiments.results import RESULT
 from train.experiments.speed import speed_table
 
 TINY = [
@@ -47,6 +50,21 @@ def test_exit_codes_and_last_words(tmp_path, monkeypatch, capsys):
     assert run_jobs(["mqra"], 2, tmp_path, []) == 2
     said = capsys.readouterr().out
     assert "process 1 ended with 2: dmattn: unknown command 'mqra', did you mean mqar?" in said
+
+
+def test_a_log_gets_a_line_when_a_cell_is_done_and_no_other(tmp_path):
+    """Without a terminal: hours of a bar drawn twice a second are no log."""
+    log = io.StringIO()
+    with tqdm(total=2, file=log, mininterval=0) as bar:
+        drawn = [log.getvalue().count("\r")]
+        for done in (False, False, True, False):
+            if done:
+                (tmp_path / "a").mkdir()
+                (tmp_path / "a" / RESULT).write_text("{}")
+            count_done(bar, tmp_path, ["a", "b"])
+            drawn.append(log.getvalue().count("\r"))
+    assert drawn == [1, 1, 1, 2, 2]
+    assert bar.n == 1
 
 
 @pytest.mark.slow

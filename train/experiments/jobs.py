@@ -76,9 +76,9 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
                 for process in processes:
                     process.send_signal(interrupt.signal)
                 told = True
-            _count(bar, output, cells)
+            count_done(bar, output, cells)
             time.sleep(0.5)
-        _count(bar, output, cells)
+        count_done(bar, output, cells)
     if (output / "table.md").exists():
         say((output / "table.md").read_text(encoding="utf-8"))
     codes = [process.returncode for process in processes]
@@ -90,11 +90,12 @@ def run_jobs(args: Sequence[str], jobs: int, output: Path, cells: Sequence[str])
     return failed[0][1] if failed else 0
 
 
-def _count(bar: tqdm, output: Path, cells: Sequence[str]) -> None:
+def count_done(bar: tqdm, output: Path, cells: Sequence[str]) -> None:
     """Shows how many are done; drawn anew when that changes, and on a terminal every time, for its clock."""
     done = sum((output / cell / RESULT).exists() for cell in cells)
-    bar.update(done - bar.n)
-    if sys.stderr.isatty():
+    if done != bar.n:
+        bar.update(done - bar.n)
+    elif sys.stderr.isatty():
         bar.refresh()
 
 
