@@ -74,7 +74,9 @@ def scaling_claims(records: Records) -> list[Claim]:
         for run in content["runs"]:
             losses[(file, run["size"]), run["attention"]].append(run["validation_loss"])
     lost = [run["name"] for content in records.values() for run in content.get("diverged", ())]
-    spreads = [seed_spread(content["runs"]) for content in records.values()]
+    # How far seeds are apart where variants are compared; a record of one variant alone compares nothing.
+    compared = [content["runs"] for content in records.values() if len({r["attention"] for r in content["runs"]}) > 1]
+    spreads = [seed_spread(runs) for runs in compared]
     spread = max((one for one in spreads if one is not None), default=0.0)
     claims = []
     for rival in RIVALS:

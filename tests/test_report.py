@@ -64,6 +64,11 @@ def test_losses_are_compared_beyond_the_spread_of_seeds(gaps, verdict):
     assert claim.verdict == verdict
     assert "of 2 sizes by more than two standard deviations over seeds (0.0141)" in claim.measured
     assert "diverged" not in claim.measured
+    # Seeds far apart where nothing is compared say nothing of a comparison elsewhere.
+    alone = {"scaling_y": {"runs": [run("a", "dma", 5.0), run("a", "dma", 9.0, 1)]}}
+    assert claims.scaling_claims({"scaling_x": {"runs": runs}} | alone) == claims.scaling_claims(
+        {"scaling_x": {"runs": runs}}
+    )
     lost = [{"name": "c_dma_s0"}, {"name": "c_dma_s1"}, {"name": "c_mha_s0"}]
     for claim in claims.scaling_claims({"scaling_x": {"runs": runs, "diverged": lost}}):
         assert "2 of DMA's runs diverged" in claim.measured
