@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def measure(programs: Sequence[tuple[jax.stages.Compiled, list[jax.Array]]], rep
     of them. On a GPU calls wait in the queue until all of them are there, so that what is timed is the device, not how
     fast this machine starts kernels, which takes longer than many a small one.
     """
-    device = HeadStart() if jax.default_backend() == "gpu" else None
+    device = head_start()
     plans = []
     for compiled, arguments in programs:
         jax.block_until_ready(compiled(*arguments))
@@ -125,6 +125,12 @@ def measure(programs: Sequence[tuple[jax.stages.Compiled, list[jax.Array]]], rep
             seconds = sum(device.seconds_of(call) if device else seconds_of(call) for _ in range(rounds))
             own.append(seconds / (calls * rounds) * 1e3)
     return times
+
+
+@cache
+def head_start() -> HeadStart | None:
+    """The one of this process, where there is a GPU: making it takes a compilation."""
+    return HeadStart() if jax.default_backend() == "gpu" else None
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
