@@ -45,11 +45,8 @@ class Pieces(NamedTuple):
         count, last = self.batch * self.heads * self.tiles, self.programs - 1
 
         def run(number, done):
-            within, heads = (
-                jnp.where(lax.rem(number, jnp.int32(2)) == 0, program, last - program),
-                jnp.int32(self.heads),
-            )
-            number_of_all = within + number * self.programs
+            turn = jnp.where(lax.rem(number, jnp.int32(2)) == 0, program, last - program)
+            number_of_all, heads = turn + number * self.programs, jnp.int32(self.heads)
             rest, head = lax.div(number_of_all, heads), lax.rem(number_of_all, heads)
             batch = jnp.int32(self.batch)
             return done + visit(number, done, lax.rem(rest, batch), head, self.tiles - 1 - lax.div(rest, batch))
