@@ -59,7 +59,7 @@ class QueryGradientSizes(PassSizes):
                 plgpu.SMEM((self.stages, self.block_k, self.head_dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((self.value_stages, self.block_k, self.head_dim), dtype, transforms=HALF_TILE),
                 plgpu.SMEM((self.value_stages, 3, self.block_k), jnp.float32),
-                plgpu.SMEM((2, HALF), jnp.float32),
+                *((plgpu.SMEM((2, HALF), jnp.float32),) if knows_lack(dtype) else ()),
             ),
             (
                 plgpu.Barrier(num_barriers=4 if self.loads_statistics else 6),
@@ -78,8 +78,8 @@ def query_gradient(
     *,
     scale: float,
     sizes: QueryGradientSizes,
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
-    """dq, and what Σ dout·out lacks, or zeros (`knows_lack`).
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"] | None]:
+    """dq, and what Σ dout·out lacks, or None where that is not known (`knows_lack`).
 
     stats: the softmax's shift in base 2, 1/total, and Σ dout·out of every query.
     """
@@ -90,8 +90,10 @@ def query_gradient(
     tiles, tiles_per_epoch = queries // BLOCK_Q, rows.epoch_size // BLOCK_Q
     factor = scale * LOG2E
 
-    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, lack_ref, *, scratch):
-        (q_smem, do_smem, *stats_smem, k_smem, v_smem, meta_smem, lack_smem), barriers = scratch
+    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, *lack_ref, scratch):
+        buffers, barriers = scratch
+        q_smem, do_smem, *stats_smem = buffers[: 2 if sizes.loads_statistics else 3]
+        k_smem, v_smem, meta_smem, *lack_smem = buffers[2 + len(stats_smem) :]
         own, k_full, v_full, meta_full, k_free, v_free, meta_free = barriers
         # The last axis of the grid runs fastest: heads that share keys together, and the long last tiles first.
         tile, item, head = tiles - 1 - lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
@@ -161,22 +163,24 @@ def query_gradient(
 
                 def add(acc):
                     plgpu.wgmma(acc, low, k_smem.at[slot])
-                    if knows_lack(dtype):
+                    for each in lack:
                         # While the product runs.
-                        lack[...] = load_vector(lack, by_row) + dscores.sum(axis=1)
+                        each[...] = load_vector(each, by_row) + dscores.sum(axis=1)
 
                 dquery = pl.run_state(add)(plgpu.ACC.init(dquery))
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dquery
 
-            lack = lack_smem.at[thread]
-            lack[...] = plgpu.layout_cast(jnp.full((HALF,), 0, jnp.float32), by_row)
+            lack = [each.at[thread] for each in lack_smem]
+            for each in lack:
+                each[...] = plgpu.layout_cast(jnp.full((HALF,), 0, jnp.float32), by_row)
             dquery = lax.fori_loop(0, whole, lambda n, c: step(n, c, False), dquery)
             dquery = lax.fori_loop(whole, count, lambda n, c: step(n, c, True), dquery)
             q_tile[...] = (dquery * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[item, at, head])
-            plgpu.copy_smem_to_gmem(lack, lack_ref.at[item, head, at])
+            for each, there in zip(lack, lack_ref, strict=True):
+                plgpu.copy_smem_to_gmem(each, there.at[item, head, at])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == 2)
@@ -193,13 +197,12 @@ def query_gradient(
 
             produce(0, count, copies)
 
-    return warp_specialized(
+    each_query = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+    dquery, *lack = warp_specialized(
         body,
         sizes.scratch(dtype),
-        out_type=[
-            jax.ShapeDtypeStruct(query.shape, dtype),
-            jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(query.shape, dtype), *([each_query] if knows_lack(dtype) else [])],
         grid=(tiles, batch, heads),
         grid_names=("tile", "batch", "head"),
     )(query, dout, stats, rows.key, rows.value, rows.meta, runs)
+    return dquery, *(lack or [None])

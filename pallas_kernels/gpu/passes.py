@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.contract import BlockSizes, Intervals, Normalizer
 from pallas_kernels.gpu.backward_key import key_gradients
-from pallas_kernels.gpu.backward_query import knows_lack, query_gradient
+from pallas_kernels.gpu.backward_query import query_gradient
 from pallas_kernels.gpu.config import HopperBlockSizes
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import attend
@@ -60,7 +60,7 @@ def backward(
     runs = query_runs(rows, queries, blocks.query_gradient.block_k)
     walks = key_walks(rows, blocks.key_gradient.block_k, blocks.key_gradient.block_q)
     dquery, lack = query_gradient(query, dout, stats, rows, runs, scale=scale, sizes=blocks.query_gradient)
-    if knows_lack(query.dtype):
+    if lack is not None:
         stats = stats.at[:, :, 2].add(lack)
     both, dbias = key_gradients(query, dout, stats, rows, walks, scale=scale, sizes=blocks.key_gradient)
     dbias = jnp.moveaxis(dbias, 1, 2)
