@@ -133,8 +133,11 @@ def test_training_goals_are_of_one_run():
 
     ours, dense = step("dma", 32_768, 310.0), step("mha", 32_768, 100.0)
     speed, share = claims.training_claims({"a": {"rows": [ours, dense, step("dma", 2048, 1.0, 0.39)]}})
-    assert speed[1:] == ("3.10× (a)", claims.REACHED)
+    assert speed[1:] == ("3.10× (doge-320m, a)", claims.REACHED)
     assert share[1:] == ("39.0% (a)", claims.MISSED)
+    small = [row | {"preset": "doge-160m"} for row in (ours | {"tokens_per_second": 290.0}, dense)]
+    both = claims.training_claims({"a": {"rows": [ours, dense, *small]}})[0]
+    assert both[1:] == ("3.10× (doge-320m, a); 2.90× (doge-160m, a)", claims.MIXED)
     apart = {"a": {"rows": [ours]}, "b": {"rows": [dense | {"error": "out of memory"}, step("dma", 2048, 1.0)]}}
     assert [claim.verdict for claim in claims.training_claims(apart)] == [claims.NOT_RUN] * 2
 
@@ -163,7 +166,7 @@ def test_the_page_is_written_from_the_records(tmp_path):
     assert "| 64 | DMA | 0.500* |" in page
     assert "| 64 tokens, width 32 | 2,000 |" in page
     assert page.count("**Not run yet.**") == len(report.SECTIONS) - 5
-    assert "9.3× (1.53 ms; h200_attention) | reached |" in page
+    assert "9.3× (1.45 ms; h200_attention) | reached |" in page
     assert "_before" not in page
     pictures = {path.name for path in (tmp_path / "docs" / "results").iterdir()}
     assert pictures == {"mqar_few.png", "generation_cpu.png", "h200_attention.png"}
