@@ -51,24 +51,15 @@ def gathered(
         return tuple(body([entries_of(array) for array in arrays], jnp.arange(count, dtype=jnp.int32)))
 
     def kernel(*arrays):
-        padded = -(-count // CHUNK) * CHUNK
-
         def program(*refs):
             sources, targets = refs[: len(arrays)], refs[len(arrays) :]
-            first = lax.axis_index("chunk") * CHUNK
+            first = lax.axis_index("program") * CHUNK
             # Past the end the last element again, so that every read is inside.
             place = jnp.minimum(iota((CHUNK,), 0) + first, count - 1)
             for target, result in zip(targets, body([partial(read, s) for s in sources], place), strict=True):
                 target[pl.ds(first, CHUNK)] = result
 
-        out = plgpu.kernel(
-            program,
-            out_type=[jax.ShapeDtypeStruct((padded,), dtype) for dtype in dtypes],
-            grid=(padded // CHUNK,),
-            grid_names=("chunk",),
-            compiler_params=PARAMETERS,
-        )(*arrays)
-        return tuple(array[:count] for array in out)
+        return _launch(program, arrays, count, CHUNK, dtypes)
 
     return lax.platform_dependent(*flat, cuda=kernel, default=portable)
 
@@ -101,13 +92,12 @@ def staged(
         return tuple(array for number in written for array in made[number])
 
     def kernel(*arrays):
-        padded = -(-count // wide) * wide
         many = len(dtypes)
 
         def program(*refs):
             sources, refs = refs[: len(arrays)], refs[len(arrays) :]
             targets, buffers = refs[: many * len(written)], refs[many * len(written) :]
-            begin = lax.axis_index("span") * wide
+            begin = lax.axis_index("program") * wide
 
             def near(buffer):
                 return lambda place: read(buffer, place - begin)
@@ -133,18 +123,25 @@ def staged(
                 # All four warps have written before any of them reads.
                 plgpu.commit_smem()
 
-        out = plgpu.kernel(
-            program,
-            out_type=[jax.ShapeDtypeStruct((padded,), dtype) for _ in written for dtype in dtypes],
-            scratch_types=[plgpu.SMEM((wide,), dtype) for _ in range(2) for dtype in dtypes],
-            grid=(padded // wide,),
-            grid_names=("span",),
-            compiler_params=PARAMETERS,
-        )(*arrays)
-        return tuple(array[:count] for array in out)
+        buffers = [plgpu.SMEM((wide,), dtype) for _ in range(2) for dtype in dtypes]
+        return _launch(program, arrays, count, wide, [dtype for _ in written for dtype in dtypes], buffers)
 
     made = lax.platform_dependent(*flat, cuda=kernel, default=portable)
     return [tuple(made[index * len(dtypes) :][: len(dtypes)]) for index in range(len(written))]
+
+
+def _launch(program, arrays, count: int, size: int, dtypes, buffers=()) -> tuple[Num[Array, " count"], ...]:
+    """One program for every `size` elements of `count`, the last one padded; buffers: each program's own."""
+    programs = -(-count // size)
+    out = plgpu.kernel(
+        program,
+        out_type=[jax.ShapeDtypeStruct((programs * size,), dtype) for dtype in dtypes],
+        scratch_types=buffers,
+        grid=(programs,),
+        grid_names=("program",),
+        compiler_params=PARAMETERS,
+    )(*arrays)
+    return tuple(array[:count] for array in out)
 
 
 def entries_of(array: Num[Array, "..."]) -> Read:  # noqa: UP037
