@@ -19,6 +19,7 @@ import jax
 import tyro
 
 from benchmarks import record
+from benchmarks.kernel_times import Breakdown, profile
 from configs import PRESETS
 from dmattn_jax import explain
 from dmattn_jax.models.config import AttentionKind, DogeConfig
@@ -42,7 +43,7 @@ class Options:
     unroll: bool = True
     """Compile every layer by itself, for speed."""
     repeats: int = 5
-    """Timed steps."""
+    """Timed steps, from the end of one to the end of the next."""
     output: Path | None = None
 
 
@@ -61,6 +62,8 @@ class Row:
     temporary_bytes: int = 0
     compile_seconds: float = 0.0
     loss: float = 0.0
+    breakdown: Breakdown | None = None
+    """Of one more step, where the profiler sees a GPU."""
     error: str | None = None
 
 
@@ -88,15 +91,19 @@ def measure(config: TrainConfig, row: Row, repeats: int, unroll: bool) -> Row:
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
         row.compile_seconds = time.perf_counter() - begin
         row.temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+        state, metrics = compiled(state, batch)
         for number in range(repeats + 2):
-            jax.block_until_ready(state)
-            begin = time.perf_counter()
+            # As in training, a step is queued before the one ahead of it is waited for.
+            ahead = metrics
             state, metrics = compiled(state, batch)
-            jax.block_until_ready(metrics)
+            jax.block_until_ready(ahead)
+            end = time.perf_counter()
             # The first two: what a device does only once.
             if number >= 2:
-                row.seconds.append(time.perf_counter() - begin)
+                row.seconds.append(end - begin)
+            begin = end
         row.loss = float(metrics["loss"])
+        row.breakdown = profile(lambda: jax.block_until_ready(compiled(state, batch)), compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -124,6 +131,9 @@ def main(options: Options) -> list[Row]:
                     f"{row.error or ''}",
                     flush=True,
                 )
+                if row.breakdown is not None:
+                    parts = (f"{part} {time:.1f}" for part, time in row.breakdown.milliseconds.items())
+                    print(f"    ms: {', '.join(parts)}; idle {row.breakdown.idle:.1f}", flush=True)
                 record.write(options.output, options, [dataclasses.asdict(row) for row in rows])
     return rows
 

@@ -147,6 +147,7 @@ def causal_attention(
     )
 
 
+@jax.named_scope("select_keys")
 def choose_intervals(
     gate: Float[Array, "B K S"],
     windows: tuple[int, ...],

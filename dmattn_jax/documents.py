@@ -39,6 +39,10 @@ def document_bounds(segment_ids: Int[Array, "B S"] | None, batch: int, length: i
     return Documents(start, end, token)
 
 
-def document_positions(segment_ids: Int[Array, "B S"] | None, batch: int, length: int) -> Int32[Array, "B S"]:
-    """Position of every token within its own document, from 0: what RoPE should rotate by."""
-    return jnp.arange(length, dtype=jnp.int32) - document_bounds(segment_ids, batch, length).start
+def document_positions(segment_ids: Int[Array, "B S"] | None, length: int) -> Int32[Array, "B S"] | Int32[Array, "1 S"]:
+    """Position of every token within its own document, from 0: what RoPE should rotate by. Without documents one row
+    for the whole batch: what depends on positions alone is computed once, and read by all rows."""
+    position = jnp.arange(length, dtype=jnp.int32)
+    if segment_ids is None:
+        return position[None]
+    return position - document_bounds(segment_ids, segment_ids.shape[0], length).start

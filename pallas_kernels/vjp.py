@@ -13,6 +13,9 @@ from pallas_kernels.contract import BlockSizes, Implementation, Intervals
 RESIDUALS = "attention residuals"
 """The name of what the backward pass needs and is dear to compute again, for policies of `jax.checkpoint`."""
 
+SCOPE = "interval_attention"
+"""What profilers call both passes."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def interval_attention(
@@ -26,11 +29,16 @@ def interval_attention(
     blocks: BlockSizes,
 ) -> Float[Array, "B T H D"]:
     """Attention of `contract.py` by `implementation`, differentiable in query, key, value and bias."""
-    return implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)[0]
+    return _run(query, key, value, bias, intervals, implementation, scale, blocks)[0]
+
+
+@jax.named_scope(SCOPE)
+def _run(query, key, value, bias, intervals, implementation, scale, blocks):
+    return implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)
 
 
 def _forward(query, key, value, bias, intervals, implementation, scale, blocks):
-    out, normalizer = implementation.forward(query, key, value, bias, intervals, scale=scale, blocks=blocks)
+    out, normalizer = _run(query, key, value, bias, intervals, implementation, scale, blocks)
     # What a scan over layers stacks must not come from the kernel itself, or XLA runs the kernel twice: once into the
     # stack, and once for whoever else reads the output.
     out = jax.lax.optimization_barrier(out)
@@ -38,6 +46,7 @@ def _forward(query, key, value, bias, intervals, implementation, scale, blocks):
     return out, (query, key, value, bias, intervals, out, normalizer)
 
 
+@jax.named_scope(SCOPE)
 def _backward(implementation, scale, blocks, residuals, dout):
     return (*implementation.backward(*residuals, dout, scale=scale, blocks=blocks), None)
 

@@ -32,6 +32,9 @@ MOST_COMPILED = 1 << 30
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Not before the hook above: it would come too late for what this imports.
+    from train.experiments.jobs import visible_gpus
+
     # Workers of pytest-xdist inherit the environment, so all of them draw from the seed in the report's header.
     seed = os.environ.setdefault("DMATTN_TEST_SEED", str(secrets.randbits(32)))
     if config.getoption("hypothesisseed", None) is None:
@@ -40,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # lock that other processes may hold.
     if importlib.util.find_spec("libtpu") and not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Workers share the GPUs of the machine, one each.
+    worker, gpus = os.environ.get("PYTEST_XDIST_WORKER", ""), visible_gpus(os.environ)
+    if worker and len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.removeprefix("gw")) % len(gpus)]
     # The default tests are nearly all compilation, so they compile without optimisation; the slow ones compile as a
     # user does. Workers and child processes inherit this; whoever sets XLA_FLAGS decides for himself.
     if "not slow" in config.option.markexpr:

@@ -88,7 +88,7 @@ def test_layers_are_the_oracle_and_know_no_future(kind):
     def parts(layer, x):
         from dmattn_jax.documents import document_positions
 
-        query, key, value = layer._project(x, document_positions(jnp.asarray(SEGMENTS), 2, 29))
+        query, key, value = layer._project(x, document_positions(jnp.asarray(SEGMENTS), 29))
         gate = layer.gates(x) if kind is HiddenGateAttention else layer.gate(value)
         return query, key, value, gate, layer.gates(x)
 

@@ -90,6 +90,30 @@ def test_the_same_run_again_is_bitwise_the_same(uninterrupted, home):
     assert_same_end(home / "runs" / "again", uninterrupted)
 
 
+def test_the_device_has_its_next_step_before_the_last_one_is_read(home, monkeypatch):
+    """But for the steps after which there is something to save or to measure: here 5 and 7."""
+    events, make, get = [], step_module.make_train_step, jax.device_get
+
+    def counted(*args):
+        train_step = make(*args)
+
+        def called(state, batch):
+            events.append("step")
+            return train_step(state, batch)
+
+        return called
+
+    def read(tree):
+        if isinstance(tree, dict) and "gradient_norm" in tree:
+            events.append("read")
+        return get(tree)
+
+    monkeypatch.setattr(step_module, "make_train_step", counted)
+    monkeypatch.setattr(jax, "device_get", read)
+    run(small_config(home, "ahead", steps=7))
+    assert "".join(event[0] for event in events) == "ssrsrsrsrr" + "ssrr"
+
+
 def test_running_a_finished_run_again_does_nothing(uninterrupted, home, capsys):
     config = small_config(home, "uninterrupted")
     before = (uninterrupted / "metrics.csv").read_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,17 +233,25 @@ class _Session:
             if monitor is not None:
                 monitor.untrained(evaluation.loss)
                 self.say(f"before training: validation {evaluation}")
+        unread: tuple[int, dict[str, jax.Array]] | None = None
         for number in range(start + 1, last + 1):
             batch = mesh.global_batch(next(self.data.train), self.mesh)
             self.state, device_metrics = self.train_step(self.state, batch)
-            metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-            self._refuse_divergence(number, metrics)
+            # The numbers of the step before, while the devices work on this one: they never wait for this machine.
+            if unread is not None:
+                self._read(*unread, monitor)
             out_of_time = self.time_is_up()
             stop = out_of_time or interrupt.requested(number)
             saving = number % config.checkpoint.every == 0 or number == last
+            evaluating = saving or number % config.log.eval_every == 0
+            sampling = config.log.sample_every and number % config.log.sample_every == 0
+            unread = number, device_metrics
+            if not (stop or evaluating or sampling):
+                continue
+            metrics, unread = self._numbers(*unread), None
             validation: float | None = None
             began = time.perf_counter()
-            if saving or number % config.log.eval_every == 0:
+            if evaluating:
                 evaluation = self._evaluate()
                 validation = evaluation.loss
             if monitor is not None:
@@ -265,6 +273,17 @@ class _Session:
                     number, interrupt.exit_code if signalled else 0, first, evaluation, self.data.description
                 )
         return Outcome(last, 0, first, evaluation, self.data.description)
+
+    def _read(self, number: int, device_metrics: Mapping[str, jax.Array], monitor: Monitor | None) -> None:
+        metrics = self._numbers(number, device_metrics)
+        if monitor is not None:
+            monitor.step(number, metrics, None)
+
+    def _numbers(self, number: int, device_metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+        """Of a step, once it is done. Raises: TrainingDivergedError when too many steps in a row were bad."""
+        metrics = {name: float(value) for name, value in jax.device_get(dict(device_metrics)).items()}
+        self._refuse_divergence(number, metrics)
+        return metrics
 
     def _refuse_divergence(self, number: int, metrics: dict[str, float]) -> None:
         in_row = int(metrics["bad_in_row"])

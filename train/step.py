@@ -106,6 +106,7 @@ def loss_and_gradients(
     return losses, gradients
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     state: TrainState,
     gradients: Params,

@@ -150,6 +150,7 @@ class CausalDecoder(nnx.Module):
         unembedding = self._unembedding().astype(hidden.dtype)
         return jnp.einsum("...m,mv->...v", hidden, unembedding, preferred_element_type=jnp.float32)
 
+    @jax.named_scope("embed")
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
         """What the first block reads."""
         # Whole rows on every device of fsdp before the look-up: its result is split by batch, not by feature.

@@ -26,6 +26,7 @@ class LossOutput(NamedTuple):
     auxiliary: Float[Array, ""]
 
 
+@jax.named_scope("loss")
 def chunked_cross_entropy(
     hidden: Float[Array, "B T M"],
     unembedding: Float[Array, "M V"],

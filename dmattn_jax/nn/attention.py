@@ -89,7 +89,7 @@ class _GroupedQueryAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T M"]:
         """Attention within each document of segment_ids (0 = padding, whose output is 0); computes in `dtype`."""
-        position = document_positions(segment_ids, *x.shape[:2])
+        position = document_positions(segment_ids, x.shape[1])
         query, key, value = self._project(x, position)
         return self._merge(self._attend(query, key, value, segment_ids))
 
@@ -148,7 +148,7 @@ class MultiHeadAttention(_GroupedQueryAttention):
         """The attention weights themselves, float32, for recording short texts: this array is T². Padding has 0."""
         batch, length = x.shape[:2]
         documents = document_bounds(segment_ids, batch, length)
-        query, key, _ = self._project(x, document_positions(segment_ids, batch, length))
+        query, key, _ = self._project(x, document_positions(segment_ids, length))
         grouped = query.reshape(batch, length, self.num_kv_heads, -1, self.head_dim)
         logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
         position = jnp.arange(length)

@@ -62,6 +62,7 @@ class DynamicMaskGate(nnx.Module):
         self.activation = activation
         self.step = step
 
+    @jax.named_scope("gate")
     def __call__(self, value: Float[Array, "B S K D"]) -> Float[Array, "B S K"]:
         rows = value.reshape(*value.shape[:2], -1)
         score = checkpoint_name(exact_row_products(rows, self.delta[...].astype(jnp.float32)), RESIDUALS)

@@ -78,7 +78,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T M"]:
         """Attention within each document of segment_ids (0 = padding, whose output is 0); computes in `dtype`."""
         x = x.astype(self.dtype)
-        position = document_positions(segment_ids, *x.shape[:2])
+        position = document_positions(segment_ids, x.shape[1])
         key, value = self._expand(*self._compress(x), position)
         out = attend(causal_attention, self._queries(x, position), key, value, segment_ids=segment_ids)
         return self._merge(out)

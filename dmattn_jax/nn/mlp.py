@@ -39,6 +39,7 @@ class SwiGLU(nnx.Module):
         self.bias = bias
         self.dtype = jnp.dtype(dtype)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
         x = x.astype(self.dtype)
         gate = x @ self.gate_projection[...].astype(self.dtype)

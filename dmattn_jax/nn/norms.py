@@ -31,6 +31,7 @@ class RMSNorm(nnx.Module):
         self.weight = parameter(jnp.ones(size, param_dtype), (axis,))
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(exact_mean_square(wide) + self.eps)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 
@@ -121,6 +123,7 @@ def _check_positive(scaling: LinearRope | Llama3Rope | YarnRope) -> None:
             raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
+@jax.named_scope("rope")
 def apply_rope(
     x: Float[Array, "B T H D"],
     position: Int[Array, "B T"] | Int[Array, "1 T"],
@@ -145,6 +148,18 @@ def apply_rope(
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if isinstance(scaling, YarnRope):
         cos, sin = scaling.magnitude * cos, scaling.magnitude * sin
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    # The same numbers in either form. A GPU's compiler reads a flipped axis in place, where it would write two halves
+    # apart and join them in another pass; a TPU's would move every row for it.
+    return lax.platform_dependent(x, cos, sin, cuda=_turn_by_flip, default=_turn_by_halves)
+
+
+def _turn_by_halves(x: Float[Array, "B T H D"], cos: Float[Array, "b T 1 N"], sin: Float[Array, "b T 1 N"]) -> Array:
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _turn_by_flip(x: Float[Array, "B T H D"], cos: Float[Array, "b T 1 N"], sin: Float[Array, "b T 1 N"]) -> Array:
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    sign = jnp.array([[-1.0], [1.0]], jnp.float32)
+    turned = halves * cos[..., None, :] + halves[..., ::-1, :] * (sin[..., None, :] * sign)
+    return turned.astype(x.dtype).reshape(x.shape)

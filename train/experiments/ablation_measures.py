@@ -70,7 +70,7 @@ def _row_totals(model: Any, tokens: Int[Array, "1 T"], segment_ids: Int[Array, "
 
 def _layer_totals(attention: Any, x: Float[Array, "1 T M"], segment_ids: Int[Array, "1 T"]) -> dict[str, Array]:
     length = x.shape[1]
-    within = document_positions(segment_ids, 1, length)
+    within = document_positions(segment_ids, length)
     query, key, value = attention._project(x, within)
     visible = visible_keys(attention, x, value, segment_ids)[0]
     grouped = query[0].reshape(length, attention.num_kv_heads, -1, attention.head_dim)

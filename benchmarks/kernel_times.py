@@ -1,0 +1,107 @@
+"""Where the time of a compiled program goes on a GPU: its kernels, by the part of the program that they come from."""
+
+from __future__ import annotations
+
+import collections
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.profiler import ProfileData
+
+PRODUCT = re.compile(r"gemm|cublas|cutlass|nvjet|_dot|xmma", re.IGNORECASE)
+CUDNN = re.compile(r"cudnn|sdpa|fmha|flash", re.IGNORECASE)
+SCOPES = ("select_keys", "interval_attention", "gate", "rope", "norm", "mlp", "loss", "optimizer", "embed")
+"""Named scopes of the library and of the training step, the innermost first."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: the operation of the compiled program, the kernel's own name, and its place in time."""
+
+    operation: str
+    name: str
+    start: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """One run of a program.
+
+    milliseconds: of each part's kernels. kernels: launches. idle: milliseconds between the first kernel's start and the
+    last one's end in which none ran. slowest: (part, operation, milliseconds), of the longest launches.
+    """
+
+    milliseconds: dict[str, float]
+    kernels: dict[str, int]
+    idle: float
+    slowest: list[tuple[str, str, float]]
+
+
+def profile(call: Callable[[], Any], text: str) -> Breakdown | None:
+    """The kernels of one call, which waits for its results; None where the profiler sees no GPU.
+
+    text: the optimized program, `compiled.as_text()`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        [path] = Path(folder).rglob("*.xplane.pb")
+        kernels = list(kernels_of(ProfileData.from_file(str(path))))
+    return breakdown(kernels, text) if kernels else None
+
+
+def kernels_of(profile: ProfileData) -> Iterator[Kernel]:
+    """What ran on the streams of all GPUs, copies among it."""
+    for plane in profile.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    operation = str(dict(event.stats).get("hlo_op", ""))
+                    yield Kernel(operation, event.name, event.start_ns * 1e-9, event.duration_ns * 1e-9)
+
+
+def breakdown(kernels: Iterable[Kernel], text: str) -> Breakdown:
+    scopes = dict(re.findall(r'^ *(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE))
+    seconds: dict[str, float] = collections.defaultdict(float)
+    counts: dict[str, int] = collections.Counter()
+    busy, end, first, launches = 0.0, 0.0, None, []
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        # A kernel's name is its operation's, with underscores: what is launched as a graph has no other.
+        operation = kernel.operation or re.sub(r"_(\d+)$", r".\1", kernel.name)
+        part = part_of(operation, kernel.name, scopes.get(operation, ""))
+        seconds[part] += kernel.seconds
+        counts[part] += 1
+        launches.append((part, operation, kernel.seconds * 1e3))
+        first = kernel.start if first is None else first
+        last = kernel.start + kernel.seconds
+        busy += max(0.0, last - max(end, kernel.start))
+        end = max(end, last)
+    ordered = sorted(seconds, key=lambda part: -seconds[part])
+    return Breakdown(
+        {part: seconds[part] * 1e3 for part in ordered},
+        {part: counts[part] for part in ordered},
+        (end - (first or 0.0) - busy) * 1e3,
+        sorted(launches, key=lambda launch: -launch[2])[:40],
+    )
+
+
+def part_of(operation: str, kernel: str, scope: str) -> str:
+    """`matrix products`, `attention` (its kernels alone), a scope's elementwise work, or `other`."""
+    inside = next((name for name in SCOPES if re.search(rf"\b{name}\b", scope)), "other")
+    if CUDNN.search(operation) or CUDNN.search(kernel):
+        return "attention"
+    if PRODUCT.search(operation) or PRODUCT.search(kernel):
+        return "matrix products"
+    if "Memcpy" in kernel or "Memset" in kernel:
+        return "copies"
+    if inside == "interval_attention":
+        return "attention" if "mpmd_map" in operation or "kernel" in kernel else "around attention"
+    return inside
