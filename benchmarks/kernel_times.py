@@ -14,7 +14,8 @@ import jax
 from jax.profiler import ProfileData
 
 PRODUCT = re.compile(r"gemm|cublas|cutlass|nvjet|_dot|xmma", re.IGNORECASE)
-CUDNN = re.compile(r"cudnn|sdpa|fmha|flash", re.IGNORECASE)
+ATTENTION = re.compile(r"cudnn|sdpa|fmha|flash|attention_(forward|query_gradient|key_gradients)_", re.IGNORECASE)
+"""cuDNN's kernels and ours."""
 SCOPES = ("select_keys", "interval_attention", "gate", "rope", "norm", "mlp", "loss", "optimizer", "embed")
 """Named scopes of the library and of the training step, the innermost first."""
 
@@ -74,8 +75,9 @@ def breakdown(kernels: Iterable[Kernel], text: str) -> Breakdown:
     counts: dict[str, int] = collections.Counter()
     busy, end, first, launches = 0.0, 0.0, None, []
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
-        # A kernel's name is its operation's, with underscores: what is launched as a graph has no other.
-        operation = kernel.operation or re.sub(r"_(\d+)$", r".\1", kernel.name)
+        # Of what is launched as a graph the profiler knows kernels alone, which are named after their operations.
+        named = kernel.operation in scopes
+        operation = kernel.operation if named else re.sub(r"_(\d+)$", r".\1", kernel.name)
         part = part_of(operation, kernel.name, scopes.get(operation, ""))
         seconds[part] += kernel.seconds
         counts[part] += 1
@@ -94,14 +96,15 @@ def breakdown(kernels: Iterable[Kernel], text: str) -> Breakdown:
 
 
 def part_of(operation: str, kernel: str, scope: str) -> str:
-    """`matrix products`, `attention` (its kernels alone), a scope's elementwise work, or `other`."""
+    """`matrix products`, `attention` (its kernels alone), `lists`, a scope's elementwise work, or `other`."""
     inside = next((name for name in SCOPES if re.search(rf"\b{name}\b", scope)), "other")
-    if CUDNN.search(operation) or CUDNN.search(kernel):
+    if ATTENTION.search(operation) or ATTENTION.search(kernel):
         return "attention"
     if PRODUCT.search(operation) or PRODUCT.search(kernel):
         return "matrix products"
-    if "Memcpy" in kernel or "Memset" in kernel:
+    if "memcpy" in kernel.lower() or "memset" in kernel.lower():
         return "copies"
-    if inside == "interval_attention":
-        return "attention" if "mpmd_map" in operation or "kernel" in kernel else "around attention"
-    return inside
+    if "mosaic_gpu" in kernel:
+        # Of a graph only the kernel's name is known: choosing keys, listing them, and gradients back from lists.
+        return "lists"
+    return {"interval_attention": "around attention", "select_keys": "lists"}.get(inside, inside)

@@ -152,6 +152,7 @@ def key_gradients(
             produce(0, steps, copies)
 
     gradients, bias_gradient = warp_specialized(
+        "attention_key_gradients",
         body,
         sizes.scratch(query.dtype),
         out_type=[

@@ -199,6 +199,7 @@ def query_gradient(
 
     each_query = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
     dquery, *lack = warp_specialized(
+        "attention_query_gradient",
         body,
         sizes.scratch(dtype),
         out_type=[jax.ShapeDtypeStruct(query.shape, dtype), *([each_query] if knows_lack(dtype) else [])],

@@ -77,6 +77,7 @@ def sum_over_epochs(
             for target, total in zip(targets, totals, strict=True):
                 target[pl.ds(number * tile, tile)] = total.astype(dtype)
 
+        program.__name__ = "sum_over_epochs"
         out = plgpu.kernel(
             program,
             out_type=[jax.ShapeDtypeStruct((padded, width), dtype)] * parts,

@@ -171,6 +171,7 @@ def attend(
 
     stat = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
     return warp_specialized(
+        "attention_forward",
         body,
         sizes.scratch(dtype),
         out_type=[jax.ShapeDtypeStruct(query.shape, dtype), stat, stat],

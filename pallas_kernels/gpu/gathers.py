@@ -133,6 +133,7 @@ def staged(
 def _launch(program, arrays, count: int, size: int, dtypes, buffers=()) -> tuple[Num[Array, " count"], ...]:
     """One program for every `size` elements of `count`, the last one padded; buffers: each program's own."""
     programs = -(-count // size)
+    program.__name__ = "gathers"
     out = plgpu.kernel(
         program,
         out_type=[jax.ShapeDtypeStruct((programs * size,), dtype) for dtype in dtypes],

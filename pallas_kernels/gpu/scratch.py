@@ -76,9 +76,9 @@ class PassSizes:
         raise NotImplementedError
 
 
-def warp_specialized(body: Callable[..., None], scratch: Scratch, **options: Any) -> Callable[..., Any]:
+def warp_specialized(name: str, body: Callable[..., None], scratch: Scratch, **options: Any) -> Callable[..., Any]:
     """The kernel that runs body(*refs, scratch=(buffers, barriers)) in two consumer warpgroups, threads 0 and 1, and a
-    producer, thread 2. options: of `plgpu.kernel`."""
+    producer, thread 2. name: what profilers show. options: of `plgpu.kernel`."""
 
     def entry(*refs):
         pl.run_scoped(
@@ -88,6 +88,7 @@ def warp_specialized(body: Callable[..., None], scratch: Scratch, **options: Any
             collective_axes="thread",
         )
 
+    entry.__name__ = name
     return plgpu.kernel(
         entry,
         num_threads=3,

@@ -195,6 +195,7 @@ def _attend(
             pieces.for_each(program, load)
 
     return warp_specialized(
+        "pattern_attention",
         body,
         _scratch(dim, dtype),
         out_type=jax.ShapeDtypeStruct(query.shape, dtype),
