@@ -9,13 +9,11 @@ of 8,192³, and `share of it` counts 4·D operations for every visible (query, k
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import numpy as np
 import tyro
 
 from benchmarks import record, torch_peers
+from benchmarks.device_clock import measure
 from benchmarks.gates import MADE_UP, make_gates
 from dmattn_jax import dynamic_mask_attention, explain, select_keys
 from dmattn_jax.attention import choose_intervals
@@ -37,9 +36,6 @@ PORTABLE_LENGTH = 8192
 """Where a faster implementation runs, the portable one is measured up to here only."""
 DENSE_LENGTH = 1 << 17
 """Dense attention is measured up to here: at a million tokens forward and backward are a minute."""
-
-IN_FLIGHT = 12
-"""Calls in a queue, and programs of its head start: XLA lets 32 wait for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -94,87 +90,6 @@ def make_inputs(options: Options, length: int, gate: str) -> list[jax.Array]:
         jax.random.normal(key, s, options.dtype) for key, s in zip(keys, (shape, kv_shape, kv_shape), strict=False)
     ]
     return [*arrays, scores, jax.random.normal(keys[4], shape, options.dtype)]
-
-
-def measure(programs: Sequence[tuple[jax.stages.Compiled, list[jax.Array]]], repeats: int) -> list[list[float]]:
-    """Milliseconds that a call of each program with its arguments takes the device, per repeat.
-
-    A repeat queues calls for about 50 ms. Programs take turns: a device that grows warm in between is as warm for all
-    of them. On a GPU calls wait in the queue until all of them are there, so that what is timed is the device, not how
-    fast this machine starts kernels, which takes longer than many a small one.
-    """
-    device = head_start()
-    plans = []
-    for compiled, arguments in programs:
-        jax.block_until_ready(compiled(*arguments))
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        calls = max(1, int(0.05 / max(time.perf_counter() - begin, 1e-6)))
-        most = IN_FLIGHT if device else 200
-        plans.append((min(most, calls), min(10, -(-calls // most)) if device else 1))
-    times: list[list[float]] = [[] for _ in programs]
-    for _ in range(repeats):
-        for (compiled, arguments), (calls, rounds), own in zip(programs, plans, times, strict=True):
-
-            def call(compiled=compiled, arguments=arguments, calls=calls):
-                for _ in range(calls):
-                    result = compiled(*arguments)
-                return result
-
-            # What a round returns is let go, or the next program runs beside its results.
-            seconds = sum(device.seconds_of(call) if device else seconds_of(call) for _ in range(rounds))
-            own.append(seconds / (calls * rounds) * 1e3)
-    return times
-
-
-@cache
-def head_start() -> HeadStart | None:
-    """The one of this process, where there is a GPU: making it takes a compilation."""
-    return HeadStart() if jax.default_backend() == "gpu" else None
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    """From the first call until all are done."""
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begin
-
-
-class HeadStart:
-    """Work that keeps a GPU busy for as long as it takes to queue calls behind it."""
-
-    def __init__(self) -> None:
-        self.matrix = jnp.zeros((8192, 8192), jnp.bfloat16)
-        self.multiply = jax.jit(jnp.dot).lower(self.matrix, self.matrix).compile()
-        self._busy(1)
-        self.product_seconds = seconds_of(lambda: self._busy(1))
-
-    def _busy(self, products: int) -> jax.Array:
-        for _ in range(products):
-            done = self.multiply(self.matrix, self.matrix)
-        return done
-
-    def seconds_of(self, call: Callable[[], Any]) -> float:
-        """From the end of the head start until all calls are done.
-
-        A program that waits for the device itself, as loops of XLA's do, is not queued faster than it runs however long
-        the head start: it is timed without one.
-        """
-        products = 2
-        while products <= IN_FLIGHT:
-            busy = self._busy(products)
-            begin = time.perf_counter()
-            result = call()
-            queued = time.perf_counter() - begin
-            if not busy.is_ready():
-                jax.block_until_ready(busy)
-                begin = time.perf_counter()
-                jax.block_until_ready(result)
-                return time.perf_counter() - begin
-            jax.block_until_ready(result)
-            del result
-            products = max(2 * products, math.ceil(1.5 * queued / self.product_seconds))
-        return seconds_of(call)
 
 
 def peers(window: int) -> dict[str, Callable[..., jax.Array]]:

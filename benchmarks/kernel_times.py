@@ -32,20 +32,22 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One run of a program.
+    """One run of a program, the mean of several in a row.
 
     milliseconds: of each part's kernels. kernels: launches. idle: milliseconds between the first kernel's start and the
-    last one's end in which none ran. slowest: (part, operation, milliseconds), of the longest launches.
+    last one's end in which none ran. slowest: (part, kernel, milliseconds) of the kernels that took most in all; those
+    of one name but for its number are one.
     """
 
     milliseconds: dict[str, float]
-    kernels: dict[str, int]
+    kernels: dict[str, float]
     idle: float
     slowest: list[tuple[str, str, float]]
 
 
-def profile(call: Callable[[], Any], text: str) -> Breakdown | None:
-    """The kernels of one call, which waits for its results; None where the profiler sees no GPU.
+def profile(call: Callable[[], Any], text: str, runs: int = 1) -> Breakdown | None:
+    """The kernels of a call, which runs a program so often and waits for its results; None where the profiler sees no
+    GPU. After a pause a GPU is faster than under load: what stands beside timed runs is to be a call of as many.
 
     text: the optimized program, `compiled.as_text()`.
     """
@@ -54,7 +56,7 @@ def profile(call: Callable[[], Any], text: str) -> Breakdown | None:
             call()
         [path] = Path(folder).rglob("*.xplane.pb")
         kernels = list(kernels_of(ProfileData.from_file(str(path))))
-    return breakdown(kernels, text) if kernels else None
+    return breakdown(kernels, text, runs) if kernels else None
 
 
 def kernels_of(profile: ProfileData) -> Iterator[Kernel]:
@@ -69,11 +71,12 @@ def kernels_of(profile: ProfileData) -> Iterator[Kernel]:
                     yield Kernel(operation, event.name, event.start_ns * 1e-9, event.duration_ns * 1e-9)
 
 
-def breakdown(kernels: Iterable[Kernel], text: str) -> Breakdown:
+def breakdown(kernels: Iterable[Kernel], text: str, runs: int = 1) -> Breakdown:
     scopes = dict(re.findall(r'^ *(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE))
     seconds: dict[str, float] = collections.defaultdict(float)
     counts: dict[str, int] = collections.Counter()
-    busy, end, first, launches = 0.0, 0.0, None, []
+    by_name: dict[tuple[str, str], float] = collections.defaultdict(float)
+    busy, end, first = 0.0, 0.0, None
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         # Of what is launched as a graph the profiler knows kernels alone, which are named after their operations.
         named = kernel.operation in scopes
@@ -81,17 +84,19 @@ def breakdown(kernels: Iterable[Kernel], text: str) -> Breakdown:
         part = part_of(operation, kernel.name, scopes.get(operation, ""))
         seconds[part] += kernel.seconds
         counts[part] += 1
-        launches.append((part, operation, kernel.seconds * 1e3))
+        by_name[part, re.sub(r"[._]\d+$", "", kernel.name)] += kernel.seconds
         first = kernel.start if first is None else first
         last = kernel.start + kernel.seconds
         busy += max(0.0, last - max(end, kernel.start))
         end = max(end, last)
     ordered = sorted(seconds, key=lambda part: -seconds[part])
+    each = 1e3 / runs
+    slowest = sorted(by_name.items(), key=lambda item: -item[1])[:40]
     return Breakdown(
-        {part: seconds[part] * 1e3 for part in ordered},
-        {part: counts[part] for part in ordered},
-        (end - (first or 0.0) - busy) * 1e3,
-        sorted(launches, key=lambda launch: -launch[2])[:40],
+        {part: seconds[part] * each for part in ordered},
+        {part: counts[part] / runs for part in ordered},
+        (end - (first or 0.0) - busy) * each,
+        [(part, name, total * each) for (part, name), total in slowest],
     )
 
 

@@ -42,7 +42,7 @@ class Options:
     """Of a step, in as many sequences as fit."""
     unroll: bool = True
     """Compile every layer by itself, for speed."""
-    repeats: int = 5
+    repeats: int = 20
     """Timed steps, from the end of one to the end of the next."""
     output: Path | None = None
 
@@ -63,7 +63,7 @@ class Row:
     compile_seconds: float = 0.0
     loss: float = 0.0
     breakdown: Breakdown | None = None
-    """Of one more step, where the profiler sees a GPU."""
+    """Of as many steps once more, where the profiler sees a GPU."""
     error: str | None = None
 
 
@@ -103,7 +103,14 @@ def measure(config: TrainConfig, row: Row, repeats: int, unroll: bool) -> Row:
                 row.seconds.append(end - begin)
             begin = end
         row.loss = float(metrics["loss"])
-        row.breakdown = profile(lambda: jax.block_until_ready(compiled(state, batch)), compiled.as_text())
+
+        def run_again() -> None:
+            nonlocal state
+            for _ in range(repeats):
+                state, metrics = compiled(state, batch)
+            jax.block_until_ready(metrics)
+
+        row.breakdown = profile(run_again, compiled.as_text(), repeats)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks import attention, record
+from benchmarks import attention, device_clock, record
 from pallas_kernels import IMPLEMENTATIONS, interval_attention
 from pallas_kernels.gpu import MOSAIC_GPU
 from pallas_kernels.gpu.backward_key import key_gradients
@@ -159,7 +159,7 @@ class Bench:
         else:
             visits = query_runs(self.rows, self.options.length, sizes.block_k)
         arguments.append(visits)
-        return attention.measure([(jax.jit(kernel).lower(*arguments).compile(), arguments)], self.options.repeats)[0]
+        return device_clock.measure([(jax.jit(kernel).lower(*arguments).compile(), arguments)], self.options.repeats)[0]
 
 
 def main(options: Options) -> list[Row]:

@@ -1,5 +1,7 @@
 """Kernels of a profile, filed under the parts of the program that launched them."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -39,9 +41,15 @@ def test_kernels_are_filed_by_part():
     assert sum(found.kernels.values()) == len(kernels)
     # Between 4 and 5, and between 6.75 and 7.
     assert found.idle == pytest.approx(1250)
-    assert [launch[1] for launch in found.slowest[:3]] == [
-        "gemm_fusion_dot.7", "loop_multiply_fusion.2", "attention_forward_mosaic_gpu_kernel",
+    assert found.slowest[:3] == [
+        ("matrix products", "nvjet_tst_128x128", 2000.0), ("mlp", "loop_multiply_fusion", 2000.0),
+        ("attention", "attention_forward_mosaic_gpu_kernel", 1000.0),
     ]  # fmt: skip
+    twice = breakdown([*kernels, *(replace(kernel, start=kernel.start + 7) for kernel in kernels)], PROGRAM, runs=2)
+    assert twice.milliseconds == found.milliseconds
+    assert twice.kernels == found.kernels
+    # Each, and what lies between the runs.
+    assert twice.idle == pytest.approx(1250 + 375 / 2)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 
@@ -159,6 +160,9 @@ def _turn_by_halves(x: Float[Array, "B T H D"], cos: Float[Array, "b T 1 N"], si
 
 
 def _turn_by_flip(x: Float[Array, "B T H D"], cos: Float[Array, "b T 1 N"], sin: Float[Array, "b T 1 N"]) -> Array:
+    # Rows in memory as the kernels of attention read them: of one long sequence the compiler would have time innermost,
+    # and write transposed float32 for every step back.
+    x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     sign = jnp.array([[-1.0], [1.0]], jnp.float32)
     turned = halves * cos[..., None, :] + halves[..., ::-1, :] * (sin[..., None, :] * sign)

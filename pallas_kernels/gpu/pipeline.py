@@ -13,8 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.device import multiprocessors
 
-# Until JAX 0.11 `load` takes an index.
-_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+# Until JAX 0.11 `load` wants an index; in 0.11 it can, and warns of it.
+_index = inspect.signature(plgpu.load).parameters.get("idx")
+_INDEX = ((),) if _index is not None and _index.default is inspect.Parameter.empty else ()
 
 
 def load_as(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
