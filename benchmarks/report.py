@@ -176,7 +176,31 @@ def train_step(name: str, content: dict[str, Any], figures: Path) -> str:
         lines.append(
             f"| {row['preset']} | {row['attention']} | {row['sequences']} × {row['length']:,} | {shown} | {mfu} |"
         )
-    return f"On {content['device']}.\n\n" + "\n".join(lines) + "\n"
+    parts = [f"On {content['device']}.\n", "\n".join(lines), ""]
+    profiled = [row for row in content["rows"] if row.get("breakdown")]
+    if profiled:
+        parts += [
+            "Milliseconds of a step's kernels, by the part of the model that they belong to:",
+            "",
+            _parts(profiled),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _parts(rows: list[dict[str, Any]]) -> str:
+    """Where the time of each row's step goes; those parts first that take most of it anywhere."""
+    times = [row["breakdown"]["milliseconds"] for row in rows]
+    most = {
+        name: max(time.get(name, 0.0) for time in times) for name in dict.fromkeys(name for t in times for name in t)
+    }
+    names = [name for name in sorted(most, key=lambda name: -most[name]) if most[name] >= 0.5]
+    lines = _header(["model, attention, sequences × tokens", *names, "the rest", "none runs"])
+    for row, time in zip(rows, times, strict=True):
+        rest = sum(value for name, value in time.items() if name not in names)
+        shown = [f"{row['preset']}, {row['attention']}, {row['sequences']} × {row['length']:,}"]
+        shown += [f"{time.get(name, 0.0):.1f}" for name in names]
+        lines.append("| " + " | ".join([*shown, f"{rest:.1f}", f"{row['breakdown']['idle']:.1f}"]) + " |")
+    return "\n".join(lines)
 
 
 def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
