@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from dmattn_jax.partitioning import axis_size
+
 
 @dataclass(frozen=True)
 class LinearRope:
@@ -150,7 +152,10 @@ def apply_rope(
     if isinstance(scaling, YarnRope):
         cos, sin = scaling.magnitude * cos, scaling.magnitude * sin
     # The same numbers in either form. A GPU's compiler reads a flipped axis in place, where it would write two halves
-    # apart and join them in another pass; a TPU's would move every row for it.
+    # apart and join them in another pass; a TPU's would move every row for it, and before JAX 0.11 compilers do not cut
+    # over devices what has a layout asked for.
+    if axis_size("batch") * axis_size("heads") > 1:
+        return _turn_by_halves(x, cos, sin)
     return lax.platform_dependent(x, cos, sin, cuda=_turn_by_flip, default=_turn_by_halves)
 
 
