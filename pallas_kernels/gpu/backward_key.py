@@ -44,7 +44,8 @@ class KeyGradientSizes(PassSizes):
     def block_k(self) -> int:
         return 64 if self.by_product else 128
 
-    def scratch(self, dtype: DTypeLike) -> Scratch:
+    def scratch(self, dtype: DTypeLike, out: DTypeLike = jnp.float32) -> Scratch:
+        """out: of the gradients. Only whole ones leave in half precision, which are no larger than what is counted."""
         lead = () if self.by_product else (2,)
         keys = plgpu.SMEM((*lead, 64, self.head_dim), dtype, transforms=HALF_TILE)
         queries = plgpu.SMEM((self.stages, self.block_q, self.head_dim), dtype, transforms=HALF_TILE)
@@ -58,7 +59,7 @@ class KeyGradientSizes(PassSizes):
                 queries,
                 queries,
                 plgpu.SMEM((self.stages, 3, self.block_q), jnp.float32),
-                plgpu.SMEM(passage, jnp.float32, transforms=SINGLE_TILE),
+                plgpu.SMEM(passage, out, transforms=SINGLE_TILE if jnp.dtype(out) == jnp.float32 else HALF_TILE),
                 plgpu.SMEM((*lead, 64), jnp.float32),
             ),
             (
@@ -85,7 +86,10 @@ def key_gradients(
     scale: float,
     sizes: KeyGradientSizes,
 ) -> tuple[Float[Array, "B R K 2D"], Float[Array, "B K R"]]:
-    """dk and dv of every row side by side, and dbias, all float32; stats as in `query_gradient`."""
+    """dk and dv of every row side by side, and dbias; stats as in `query_gradient`.
+
+    float32, but for dk and dv that nothing is added to any more: those are of the query's dtype.
+    """
     batch, _, heads, dim = query.shape
     length, kv_heads = rows.key.shape[1:3]
     block_q, block_k = sizes.block_q, sizes.block_k
@@ -93,6 +97,9 @@ def key_gradients(
     parts = parts_of(length // block_k * batch * kv_heads, heads // kv_heads)
     group = heads // kv_heads // parts
     consume = consume_products if sizes.by_product else consume_halves
+    # Rows of lists are added up over epochs, and parts of a group with each other.
+    final = rows.carried == 0 and parts == 1 and not sizes.by_product
+    out = query.dtype if final else jnp.float32
 
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dkv_ref, dbias_ref, *, scratch):
         (k_smem, v_smem, meta_smem, q_smem, do_smem, stats_smem, out_smem, bias_smem), barriers = scratch
@@ -154,9 +161,9 @@ def key_gradients(
     gradients, bias_gradient = warp_specialized(
         "attention_key_gradients",
         body,
-        sizes.scratch(query.dtype),
+        sizes.scratch(query.dtype, out),
         out_type=[
-            jax.ShapeDtypeStruct((batch, length, kv_heads * parts, 2 * dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, kv_heads * parts, 2 * dim), out),
             jax.ShapeDtypeStruct((batch, kv_heads * parts, length), jnp.float32),
         ],
         grid=(length // block_k, batch, kv_heads * parts),

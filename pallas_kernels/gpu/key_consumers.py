@@ -119,12 +119,12 @@ def consume_halves(program: Program, thread: Any, scale: float) -> None:
     dkey, dvalue, dbias = _for_each_step(steps, step, start)
     out_tile, bias_tile = program.passage.at[thread], program.bias.at[thread]
     bias_tile[...] = dbias
-    out_tile[...] = dkey * scale
+    out_tile[...] = (dkey * scale).astype(out_tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_tile, program.gradients(at, pl.ds(0, dim)))
     plgpu.copy_smem_to_gmem(bias_tile, program.bias_gradient(at))
     plgpu.wait_smem_to_gmem(0)
-    out_tile[...] = dvalue
+    out_tile[...] = dvalue.astype(out_tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_tile, program.gradients(at, pl.ds(dim, dim)))
     plgpu.wait_smem_to_gmem(0)
