@@ -58,8 +58,8 @@ def exact_sum(terms: Float[Array, "*n C"]) -> Float[Array, "*n"]:
 def _nearest(x: Float[Array, "*n"], limit: float) -> Int32[Array, "*n"]:
     """The nearest integer of |x| <= limit, even of two.
 
-    Up to 2^22 by a number so large that its last bit counts ones: plain additions, where a GPU rounds and converts at an
-    eighth of its speed, which would be most of the time of a gate.
+    Up to 2^22 by a number so large that its last bit counts ones: plain additions, where a GPU rounds and converts at
+    an eighth of its speed, which would be most of the time of a gate.
     """
     if limit > 2**22:
         return jnp.round(x).astype(jnp.int32)
