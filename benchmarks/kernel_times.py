@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,15 @@ def kernels_of(profile: ProfileData) -> Iterator[Kernel]:
         for line in plane.lines:
             if line.name.startswith("Stream"):
                 for event in line.events:
-                    operation = str(dict(event.stats).get("hlo_op", ""))
-                    yield Kernel(operation, event.name, event.start_ns * 1e-9, event.duration_ns * 1e-9)
+                    yield Kernel(_operation(event), event.name, event.start_ns * 1e-9, event.duration_ns * 1e-9)
+
+
+def _operation(event: Any) -> str:
+    with warnings.catch_warnings():
+        # Python warns of the type that JAX 0.12 gives statistics (it has no module), and does so amid C++, where a
+        # warning that is an error ends the process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return str(dict(event.stats).get("hlo_op", ""))
 
 
 def breakdown(kernels: Iterable[Kernel], text: str, runs: int = 1) -> Breakdown:
