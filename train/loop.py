@@ -245,10 +245,11 @@ class _Session:
             saving = number % config.checkpoint.every == 0 or number == last
             evaluating = saving or number % config.log.eval_every == 0
             sampling = config.log.sample_every and number % config.log.sample_every == 0
-            unread = number, device_metrics
             if not (stop or evaluating or sampling):
+                unread = number, device_metrics
                 continue
-            metrics, unread = self._numbers(*unread), None
+            unread = None
+            metrics = self._numbers(number, device_metrics)
             validation: float | None = None
             began = time.perf_counter()
             if evaluating:
@@ -281,7 +282,7 @@ class _Session:
 
     def _numbers(self, number: int, device_metrics: Mapping[str, jax.Array]) -> dict[str, float]:
         """Of a step, once it is done. Raises: TrainingDivergedError when too many steps in a row were bad."""
-        metrics = {name: float(value) for name, value in jax.device_get(dict(device_metrics)).items()}
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         self._refuse_divergence(number, metrics)
         return metrics
 
