@@ -1,5 +1,6 @@
 """Layers against the equations written out in NumPy float64, and inside Flax's transformations."""
 
+import functools
 import math
 
 import flax.linen
@@ -11,6 +12,7 @@ from flax import nnx
 
 from dmattn_jax import nn
 from dmattn_jax.nn.exact import exact_mean_square, exact_projection, exact_row_products
+from dmattn_jax.nn.norms import Projection
 from dmattn_jax.oracle import visible_keys_oracle
 
 B, T, M, H, K, D = 2, 19, 23, 6, 3, 10
@@ -306,6 +308,47 @@ def test_rms_norm_is_its_equation_and_float32_inside():
     large = norm(jnp.full((1, M), 6e4, jnp.float16))
     assert large.dtype == jnp.float16
     np.testing.assert_allclose(large[0], np.linspace(-1, 2, M), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_norm_before_projections_has_the_values_and_slopes_of_its_equation(dtype):
+    # A row of zeros, and one of so little that eps is most of its mean square, and of its heads'.
+    x = jnp.asarray(inputs()).at[0, 3].set(0).at[1, 5].multiply(1e-3).astype(dtype)
+    norm, of_query, of_key = (nn.RMSNorm(size, eps=eps) for size, eps in ((M, 1e-3), (D, 2e-3), (D, 5e-4)))
+    for seed, each in enumerate((norm, of_query, of_key)):
+        each.weight[...] = jax.random.uniform(jax.random.key(seed), each.weight.shape, minval=-1, maxval=2)
+    shapes = ((M, H, D), (M, K, D), (M, K, D), (M, 31), (M, 31), (M, 7))
+    head_norms = (of_query, of_key, None, None, None, None)
+    weights = [0.3 * jax.random.normal(jax.random.key(9 + i), shape).astype(dtype) for i, shape in enumerate(shapes)]
+
+    def equation(x, norm, head_norms, weights):
+        def normed(x, layer, eps):
+            return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps) * layer
+
+        out = [jnp.tensordot(normed(x, norm, 1e-3), weight, 1) for weight in weights]
+        return (normed(out[0], head_norms[0], 2e-3), normed(out[1], head_norms[1], 5e-4), *out[2:])
+
+    def pulled(function, *operands):
+        out, pull = jax.vjp(function, *operands)
+        cotangents = [np.random.default_rng(70 + i).normal(size=y.shape) for i, y in enumerate(out)]
+        return out, *pull(tuple(jnp.asarray(d, y.dtype) for d, y in zip(cotangents, out, strict=True)))
+
+    def ours(x, norm, head_norms, weights):
+        return norm.project(x, *map(Projection, weights, head_norms, [i == 2 for i in range(len(weights))]))
+
+    got = jax.tree.leaves(jax.jit(functools.partial(pulled, ours))(x, norm, head_norms, weights))
+    values = jax.tree.leaves(jax.jit(ours)(x, norm, head_norms, weights))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (x, norm, head_norms, weights))
+        plain = wide[0], wide[1].weight[...], [n if n is None else n.weight[...] for n in wide[2]], wide[3]
+        expected = jax.tree.leaves(pulled(equation, *plain))
+        assert expected[0].dtype == np.float64
+    assert len(got) == len(expected)
+    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
+    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
+        for ours_here in [left, *values[index : index + 1]]:
+            bound = tolerance * np.abs(right).max()
+            np.testing.assert_allclose(np.asarray(ours_here, np.float64), right, rtol=tolerance, atol=bound)
 
 
 def test_rope_turns_pairs_and_depends_on_distance_alone():

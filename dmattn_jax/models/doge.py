@@ -45,7 +45,7 @@ class DogeBlock(nnx.Module):
         self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
         """The block's output and its balance loss (0 for a dense MLP)."""
-        mixed = self.attention(self.attention_norm(x), segment_ids)
+        mixed = self.attention(x, segment_ids, self.attention_norm)
         return self._feed_forward(self._residual(self.attention_residual, x, mixed), segment_ids)
 
     def decode(
@@ -55,12 +55,11 @@ class DogeBlock(nnx.Module):
         return self._feed_forward(self._residual(self.attention_residual, x, mixed), segment_ids)[0], cache
 
     def _feed_forward(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        normed = self.mlp_norm(x)
         balance = jnp.float32(0)
         if isinstance(self.mlp, nn.CDMoE):
-            out, balance = self.mlp(normed, segment_ids)
+            out, balance = self.mlp(self.mlp_norm(x), segment_ids)
         else:
-            out = self.mlp(normed)
+            out = self.mlp(x, self.mlp_norm)
         return self._residual(self.mlp_residual, x, out), balance
 
     @staticmethod

@@ -43,7 +43,7 @@ class LlamaBlock(nnx.Module):
         self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
         """The block's output, and the balance loss of its experts: 0, as there are none."""
-        x = constrain(x + self.attention(self.attention_norm(x), segment_ids), HIDDEN)
+        x = constrain(x + self.attention(x, segment_ids, self.attention_norm), HIDDEN)
         return self._feed_forward(x), jnp.float32(0)
 
     def decode(
@@ -53,7 +53,7 @@ class LlamaBlock(nnx.Module):
         return self._feed_forward(constrain(x + mixed, HIDDEN)), cache
 
     def _feed_forward(self, x: jax.Array) -> jax.Array:
-        return constrain(x + self.mlp(self.mlp_norm(x)), HIDDEN)
+        return constrain(x + self.mlp(x, self.mlp_norm), HIDDEN)
 
 
 class LlamaForCausalLM(CausalDecoder):

@@ -24,7 +24,7 @@ from dmattn_jax.documents import document_bounds, document_positions
 from dmattn_jax.nn.attend import attend, attend_dense_cache, attend_window_cache
 from dmattn_jax.nn.exact import exact_projection
 from dmattn_jax.nn.gate import DynamicMaskGate, GateActivation
-from dmattn_jax.nn.norms import RMSNorm
+from dmattn_jax.nn.norms import Projection, RMSNorm
 from dmattn_jax.nn.rope import RopeScaling, apply_rope
 from dmattn_jax.partitioning import normal, parameter
 from dmattn_jax.selection import select_keys
@@ -38,6 +38,9 @@ class _GroupedQueryAttention(nnx.Module):
     rope_theta: None leaves queries and keys without rotary positions.
     rope_scaling: how the rotary frequencies are changed for longer contexts.
     """
+
+    exact_values = False
+    """Whether the bits of a value do not depend on the other rows: see `dmattn_jax.nn.exact`."""
 
     def __init__(
         self,
@@ -87,10 +90,15 @@ class _GroupedQueryAttention(nnx.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
 
-    def __call__(self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T M"]:
-        """Attention within each document of segment_ids (0 = padding, whose output is 0); computes in `dtype`."""
+    def __call__(
+        self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None, norm: RMSNorm | None = None
+    ) -> Float[Array, "B T M"]:
+        """Attention within each document of segment_ids (0 = padding, whose output is 0); computes in `dtype`.
+
+        norm: of x, applied first; its gradient then costs less than that of a norm outside.
+        """
         position = document_positions(segment_ids, x.shape[1])
-        query, key, value = self._project(x, position)
+        query, key, value = self._project(x, position, norm)
         return self._merge(self._attend(query, key, value, segment_ids))
 
     def decode(
@@ -102,13 +110,26 @@ class _GroupedQueryAttention(nnx.Module):
         out, cache = self._attend_cached(query, key, value, token, cache)
         return self._merge(out), cache
 
-    def _project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        query, key, value = self._heads(x)
+    def _project(
+        self, x: jax.Array, position: jax.Array, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        query, key, value = self._heads(x, norm)
         return self._rotate(query, position), self._rotate(key, position), value
 
-    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _heads(self, x: jax.Array, norm: RMSNorm | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k (normed, not yet rotated) and v."""
         x = x.astype(self.dtype)
+        if norm is not None and self.qk_norm and not self.bias:
+            query, key, value = (matrix[...].astype(self.dtype) for matrix in (self.query, self.key, self.value))
+            query, key, value = norm.project(
+                x,
+                Projection(query, self.query_norm),
+                Projection(key, self.key_norm),
+                Projection(value, exact=self.exact_values),
+            )
+            return query, key, value
+        if norm is not None:
+            x = norm(x)
         query = jnp.einsum("btm,mhd->bthd", x, self.query[...].astype(self.dtype))
         key = jnp.einsum("btm,mhd->bthd", x, self.key[...].astype(self.dtype))
         value = self._values(x)
@@ -126,7 +147,8 @@ class _GroupedQueryAttention(nnx.Module):
         return apply_rope(heads, position, theta=self.rope_theta, scaling=self.rope_scaling)
 
     def _values(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("btm,mhd->bthd", x, self.value[...].astype(self.dtype))
+        value = self.value[...].astype(self.dtype)
+        return exact_projection(x, value) if self.exact_values else jnp.einsum("btm,mhd->bthd", x, value)
 
     def _merge(self, heads: jax.Array) -> jax.Array:
         out = jnp.einsum("bthd,hdm->btm", heads, self.out[...].astype(self.dtype))
@@ -225,6 +247,10 @@ class DynamicMaskAttention(SlidingWindowAttention):
     the bias δ on the keys that are seen.
     """
 
+    exact_values = (
+        True  # Equal tokens must have equal gates in prefill and in decoding, or ties are broken by rounding.
+    )
+
     def __init__(
         self,
         hidden_size: int,
@@ -276,10 +302,6 @@ class DynamicMaskAttention(SlidingWindowAttention):
     ) -> Int32[Array, "B T K"]:
         """The mask that `gates` make: of every key the first position that no longer sees it, as `select_keys` says."""
         return select_keys(gates, self.windows, segment_ids)
-
-    def _values(self, x: jax.Array) -> jax.Array:
-        # Equal tokens must have equal gates in prefill and in decoding, or ties are broken by rounding.
-        return exact_projection(x, self.value[...].astype(self.dtype))
 
     def _attend(self, query, key, value, segment_ids):
         gate = self.gate(value)

@@ -75,9 +75,14 @@ class MultiHeadLatentAttention(nnx.Module):
         self.latent_dim = latent_dim
         self.head_dim = head_dim
 
-    def __call__(self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T M"]:
-        """Attention within each document of segment_ids (0 = padding, whose output is 0); computes in `dtype`."""
-        x = x.astype(self.dtype)
+    def __call__(
+        self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None, norm: RMSNorm | None = None
+    ) -> Float[Array, "B T M"]:
+        """Attention within each document of segment_ids (0 = padding, whose output is 0); computes in `dtype`.
+
+        norm: of x, applied first.
+        """
+        x = (x if norm is None else norm(x)).astype(self.dtype)
         position = document_positions(segment_ids, x.shape[1])
         key, value = self._expand(*self._compress(x), position)
         out = attend(causal_attention, self._queries(x, position), key, value, segment_ids=segment_ids)

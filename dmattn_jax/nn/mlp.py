@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dmattn_jax.nn.norms import Projection, RMSNorm
 from dmattn_jax.partitioning import normal, parameter
 
 
@@ -40,10 +41,14 @@ class SwiGLU(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     @jax.named_scope("mlp")
-    def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
+    def __call__(self, x: Float[Array, "*n M"], norm: RMSNorm | None = None) -> Float[Array, "*n M"]:
+        """norm: of x, applied first; its gradient then costs less than that of a norm outside."""
+        weights = (self.gate_projection[...].astype(self.dtype), self.up_projection[...].astype(self.dtype))
         x = x.astype(self.dtype)
-        gate = x @ self.gate_projection[...].astype(self.dtype)
-        up = x @ self.up_projection[...].astype(self.dtype)
+        if norm is None:
+            gate, up = (x @ weight for weight in weights)
+        else:
+            gate, up = norm.project(x, *map(Projection, weights))
         if self.bias:
             gate = gate + self.gate_bias[...].astype(self.dtype)
             up = up + self.up_bias[...].astype(self.dtype)

@@ -18,6 +18,7 @@ from dmattn_jax.documents import document_bounds
 from dmattn_jax.nn.attend import attend, attend_window_cache
 from dmattn_jax.nn.attention import _GroupedQueryAttention
 from dmattn_jax.nn.block_attention import BlockContext, BlockQueries, block_attention, block_ends, take_blocks
+from dmattn_jax.nn.norms import RMSNorm
 from dmattn_jax.partitioning import normal, parameter
 from dmattn_jax.validation import check_window
 
@@ -109,8 +110,14 @@ class NativeSparseAttention(_GroupedQueryAttention):
         start = jnp.broadcast_to(jnp.asarray([-2.0, -2.0, 2.0], param_dtype)[:, None], (3, num_heads))
         self.branch_bias = parameter(start, (None, "heads"))
 
-    def __call__(self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T M"]:
-        """Attention within each document of segment_ids (0 = padding, whose output is 0); computes in `dtype`."""
+    def __call__(
+        self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None, norm: RMSNorm | None = None
+    ) -> Float[Array, "B T M"]:
+        """Attention within each document of segment_ids (0 = padding, whose output is 0); computes in `dtype`.
+
+        norm: of x, applied first.
+        """
+        x = x if norm is None else norm(x)
         if segment_ids is None:
             return self._whole(x, None)
         # Blocks count tokens: padding goes to the end of the row, where it is in no block.

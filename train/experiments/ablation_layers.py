@@ -133,8 +133,11 @@ class HiddenGateAttention(nn.DynamicMaskAttention):
         init_std, dtype = options.get("init_std", 0.02), options.get("param_dtype", jnp.float32)
         self.gate.delta = parameter(normal(rngs, (self.num_kv_heads, hidden_size), init_std, dtype), ("kv_heads", None))
 
-    def __call__(self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T M"]:
-        query, key, value = self._project(x, document_positions(segment_ids, *x.shape[:2]))
+    def __call__(
+        self, x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None = None, norm: nn.RMSNorm | None = None
+    ) -> Float[Array, "B T M"]:
+        x = x if norm is None else norm(x)
+        query, key, value = self._project(x, document_positions(segment_ids, x.shape[1]))
         return self._merge(
             attend(
                 dynamic_mask_attention, query, key, value, self.gates(x), segment_ids=segment_ids, windows=self.windows
