@@ -92,7 +92,8 @@ def gather_rows(
     finite = (jnp.isfinite(key) & jnp.isfinite(value)).all(-1)
     bias = jnp.where(finite, bias * LOG2E, jnp.nan)
     if intervals.lists is None:
-        key, value = (jnp.where(finite[..., None], array, 0) for array in (key, value))
+        # Element by element, which fuses with what makes the array; the row's bias is NaN all the same.
+        key, value = (jnp.where(jnp.isfinite(array), array, 0) for array in (key, value))
         return _all_rows(key, value, bias, intervals, queries=queries)
     return _listed_rows(key, value, bias, intervals, intervals.lists, queries=queries)
 
