@@ -109,14 +109,21 @@ def breakdown(kernels: Iterable[Kernel], text: str, runs: int = 1) -> Breakdown:
 
 
 def part_of(operation: str, kernel: str, scope: str) -> str:
-    """`matrix products`, `attention` (its kernels alone), `lists`, a scope's elementwise work, or `other`."""
+    """`matrix products`, `attention` (its kernels alone), `lists`, a scope's elementwise work, or `other`.
+
+    Gradients of the residual stream are added where a norm's are made, in one kernel: `norm`.
+    """
     inside = next((name for name in SCOPES if re.search(rf"\b{name}\b", scope)), "other")
+    if inside == "other" and re.search(r"transpose\(.*checkpoint/(add_any|reduce_sum)$", scope):
+        inside = "norm"
     if ATTENTION.search(operation) or ATTENTION.search(kernel):
         return "attention"
     if PRODUCT.search(operation) or PRODUCT.search(kernel):
         return "matrix products"
     if "memcpy" in kernel.lower() or "memset" in kernel.lower():
         return "copies"
+    if "head_gradients" in kernel:
+        return "norm"
     if "mosaic_gpu" in kernel:
         # Of a graph only the kernel's name is known: choosing keys, listing them, and gradients back from lists.
         return "lists"

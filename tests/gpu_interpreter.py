@@ -37,10 +37,10 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
         pytest.fail(f"set NPROC={THREADS} before Python starts: it is how many threads the interpreter may use")
     kernel, in_place, multiply, arrive = plgpu.kernel, pl.kernel, plgpu.wgmma, plgpu.barrier_arrive
 
-    def interpreted(*args: Any, **options: Any) -> Any:
-        if "num_threads" in options:
+    def interpreted(body: Any, *args: Any, **options: Any) -> Any:
+        if "num_threads" in options or body.__name__ == "head_gradients":
             options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
-        return kernel(*args, **options)
+        return kernel(body, *args, **options)
 
     def interpreted_in_place(*args: Any, **options: Any) -> Any:
         return in_place(*args, interpret=plgpu.InterpretGPUParams(detect_races=True), **options)
@@ -65,7 +65,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
         plgpu.commit_smem()
         arrive(barrier)
 
-    for room in ("gpu.pipeline", "gpu.backward_key", "decoding.gpu"):
+    for room in ("gpu.pipeline", "gpu.backward_key", "gpu.head_gradients", "decoding.gpu"):
         monkeypatch.setattr(f"pallas_kernels.{room}.multiprocessors", lambda: multiprocessors)
     for entry in (MOSAIC_GPU, DECODING["mosaic_gpu"]):
         monkeypatch.setitem(entry.__dict__, "unavailable", lambda: None)

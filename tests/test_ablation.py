@@ -56,6 +56,22 @@ def test_of_equal_gates_the_earlier_is_kept():
         assert set(np.flatnonzero(visible[row, head, query])) == set(expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_ablated_model_has_a_loss_and_gradients(name, packed):
+    skeleton = skeleton_of(CONFIG, lambda rngs: ablation.make_model(name)(CONFIG, rngs=rngs))
+    params = jax.eval_shape(lambda: skeleton.initialize(0))
+    tokens, segments = jax.ShapeDtypeStruct((2, 29), jnp.int32), jnp.asarray(SEGMENTS) if packed else None
+
+    def loss(params, tokens):
+        return skeleton.merge(params).loss(tokens, tokens, segments).loss
+
+    # Traced alone: what could differ between layers is the program.
+    value, gradients = jax.eval_shape(jax.value_and_grad(loss), params, tokens)
+    assert value.shape == ()
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, params)
+
+
 def mask_of(layer, gates) -> np.ndarray:
     """[B, K, T, S]: who sees whom, by the layer's own rule, counted key by key."""
     windows, gates = layer.windows, np.asarray(gates)

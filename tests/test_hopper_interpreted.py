@@ -12,6 +12,8 @@ import pytest
 from gpu_interpreter import AVAILABLE, interpret, interpret_gathers
 from reference import EACH, RATIO, assert_close, make_case, residue, rms_ratio, rounded, run, truth
 from test_decoding import STEPS, check, evicted_nan, make_step, odd_gates, without_nan
+from test_head_gradients import CASES as HEAD_CASES
+from test_head_gradients import check_head_gradients
 from test_pattern_hopper import HEADS, KV_HEADS, make_patterns, visible
 
 from benchmarks import tune
@@ -127,6 +129,12 @@ def test_patterns_without_races_under_the_interpreter(monkeypatch, queries, side
     assert np.isfinite(np.asarray(got, np.float32)).all()
     assert rms_ratio(np.asarray(got)[0], want) <= RATIO["float16"]
     assert not np.asarray(got)[0, ~seen.any(-1).T].any()
+
+
+@pytest.mark.parametrize("name", ("heads of 128, own angles", "heads of 64") if AVAILABLE else ())
+def test_gradients_of_heads_under_the_interpreter(monkeypatch, name):
+    interpret(monkeypatch)
+    check_head_gradients(*HEAD_CASES[name])
 
 
 DECODED = {

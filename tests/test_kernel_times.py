@@ -59,10 +59,18 @@ def test_kernels_are_filed_by_part():
         ("custom-call.3", "nvjet_hsh_192x192_64x4", "matrix products"),
         ("", "void cutlass::Kernel2<cutlass_80_tensorop>", "matrix products"),
         ("loop_add_fusion", "loop_add_fusion", "other"),
+        ("dynamic_slice_fusion.2", "head_gradients_mosaic_gpu_kernel", "norm"),
     ],
 )
 def test_kernels_of_libraries(operation, kernel, part):
     assert part_of(operation, kernel, "") == part
+
+
+def test_gradients_of_the_residual_stream_are_a_norms():
+    where = "jit(step)/transpose(jvp())/eval_jaxpr/checkpoint/"
+    assert part_of("input_add_reduce_fusion", "input_add_reduce_fusion", where + "add_any") == "norm"
+    assert part_of("loop_add_fusion", "loop_add_fusion", where + "gate/add_any") == "gate"
+    assert part_of("loop_add_fusion", "loop_add_fusion", "jit(step)/jvp()/eval_jaxpr/add") == "other"
 
 
 def test_kernels_are_read_from_the_streams_of_gpus():

@@ -24,8 +24,8 @@ from dmattn_jax.documents import document_bounds, document_positions
 from dmattn_jax.nn.attend import attend, attend_dense_cache, attend_window_cache
 from dmattn_jax.nn.exact import exact_projection
 from dmattn_jax.nn.gate import DynamicMaskGate, GateActivation
-from dmattn_jax.nn.norms import Projection, RMSNorm
-from dmattn_jax.nn.rope import RopeScaling, apply_rope
+from dmattn_jax.nn.norms import Projection, RMSNorm, Rotation
+from dmattn_jax.nn.rope import RopeScaling, rotation, turn
 from dmattn_jax.partitioning import normal, parameter
 from dmattn_jax.selection import select_keys
 from dmattn_jax.validation import check_window
@@ -113,23 +113,22 @@ class _GroupedQueryAttention(nnx.Module):
     def _project(
         self, x: jax.Array, position: jax.Array, norm: RMSNorm | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        query, key, value = self._heads(x, norm)
-        return self._rotate(query, position), self._rotate(key, position), value
-
-    def _heads(self, x: jax.Array, norm: RMSNorm | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q, k (normed, not yet rotated) and v."""
-        x = x.astype(self.dtype)
         if norm is not None and self.qk_norm and not self.bias:
             query, key, value = (matrix[...].astype(self.dtype) for matrix in (self.query, self.key, self.value))
             query, key, value = norm.project(
-                x,
+                x.astype(self.dtype),
                 Projection(query, self.query_norm),
                 Projection(key, self.key_norm),
                 Projection(value, exact=self.exact_values),
+                rotation=self._rotation(position),
             )
             return query, key, value
-        if norm is not None:
-            x = norm(x)
+        query, key, value = self._heads(x if norm is None else norm(x))
+        return self._rotate(query, position), self._rotate(key, position), value
+
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k (normed, not yet rotated) and v."""
+        x = x.astype(self.dtype)
         query = jnp.einsum("btm,mhd->bthd", x, self.query[...].astype(self.dtype))
         key = jnp.einsum("btm,mhd->bthd", x, self.key[...].astype(self.dtype))
         value = self._values(x)
@@ -141,10 +140,14 @@ class _GroupedQueryAttention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
 
-    def _rotate(self, heads: jax.Array, position: jax.Array) -> jax.Array:
+    def _rotation(self, position: jax.Array) -> Rotation | None:
         if self.rope_theta is None:
-            return heads
-        return apply_rope(heads, position, theta=self.rope_theta, scaling=self.rope_scaling)
+            return None
+        return rotation(position, self.head_dim, theta=self.rope_theta, scaling=self.rope_scaling)
+
+    def _rotate(self, heads: jax.Array, position: jax.Array) -> jax.Array:
+        found = self._rotation(position)
+        return heads if found is None else turn(heads, *found)
 
     def _values(self, x: jax.Array) -> jax.Array:
         value = self.value[...].astype(self.dtype)

@@ -12,7 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dmattn_jax.nn.exact import exact_mean_square, exact_projection
-from dmattn_jax.partitioning import parameter
+from dmattn_jax.nn.rope import turn
+from dmattn_jax.partitioning import axis_size, parameter
+from pallas_kernels.gpu import MOSAIC_GPU
+from pallas_kernels.gpu import head_gradients as hopper
+
+Rotation = tuple[Float[Array, "b T N"], Float[Array, "b T N"]]
+"""What `nn.rope.rotation` makes of positions."""
 
 
 class RMSNorm(nnx.Module):
@@ -37,16 +43,18 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
         return _apply(x, _inverse_rms(x, exact_mean_square, self.eps), self.weight[...])
 
-    def project(self, x: Float[Array, "*n M"], *projections: Projection) -> tuple[Float[Array, "*n ..."], ...]:
+    def project(
+        self, x: Float[Array, "*n M"], *projections: Projection, rotation: Rotation | None = None
+    ) -> tuple[Float[Array, "*n ..."], ...]:
         """This norm's output for x times the weight of each projection, in x's dtype; one array for each.
 
-        The values are those of the norm and the products one after the other. The gradient makes one pass over x and
-        the gradients of the products less.
+        rotation: of heads that have a norm, after it; no gradient goes there. The values are those of norm, products,
+        norms of heads and `turn` one after the other. The gradient makes fewer passes over what it reads.
         """
         plans = tuple(_Plan(p.exact, None if p.head_norm is None else p.head_norm.eps) for p in projections)
         weights = tuple(p.weight for p in projections)
         head_weights = tuple(None if p.head_norm is None else p.head_norm.weight[...] for p in projections)
-        return _project(plans, self.eps, x, self.weight[...], weights, head_weights)
+        return _project(plans, self.eps, x, self.weight[...], weights, head_weights, rotation)
 
 
 class Projection(NamedTuple):
@@ -68,18 +76,23 @@ class _Plan(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _project(plans, eps, x, weight, weights, head_weights):
+def _project(plans, eps, x, weight, weights, head_weights, rotation):
     normed = _apply(x, _inverse_rms(x, exact_mean_square, eps), weight)
     out = []
     for plan, matrix, head_weight in zip(plans, weights, head_weights, strict=True):
         product = exact_projection(normed, matrix) if plan.exact else jnp.tensordot(normed, matrix, 1)
         if plan.eps is not None:
-            product = _apply(product, _inverse_rms(product, exact_mean_square, plan.eps), head_weight)
+            scale = _inverse_rms(product, exact_mean_square, plan.eps)
+            product = _turned(_apply(product, scale, head_weight), rotation)
         out.append(product)
     return tuple(out)
 
 
-def _forward(plans, eps, x, weight, weights, head_weights):
+def _turned(heads, rotation):
+    return heads if rotation is None else turn(heads, *rotation)
+
+
+def _forward(plans, eps, x, weight, weights, head_weights, rotation):
     # As under differentiation everywhere, no second pass must agree: ordinary means and products.
     scale = _inverse_rms(x, _mean_square, eps)
     normed = _apply(x, scale, weight)
@@ -89,8 +102,8 @@ def _forward(plans, eps, x, weight, weights, head_weights):
         head_scale = None if plan.eps is None else _inverse_rms(product, _mean_square, plan.eps)
         products.append(product)
         head_scales.append(head_scale)
-        out.append(product if head_scale is None else _apply(product, head_scale, head_weight))
-    return tuple(out), (x, scale, weight, weights, head_weights, tuple(products), tuple(head_scales))
+        out.append(product if head_scale is None else _turned(_apply(product, head_scale, head_weight), rotation))
+    return tuple(out), (x, scale, weight, weights, head_weights, rotation, tuple(products), tuple(head_scales))
 
 
 def _backward(plans, eps, saved, cotangents):
@@ -101,7 +114,7 @@ def _backward(plans, eps, saved, cotangents):
     the little that eps leaves: Σ z·∂z of that norm's output z, which its own gradient sums, times
     eps / (mean(y²) + eps).
     """
-    x, scale, weight, weights, head_weights, products, head_scales = saved
+    x, scale, weight, weights, head_weights, rotation, products, head_scales = saved
     normed, rows = _apply(x, scale, weight), x.ndim - 1
     dots, d_normed, d_weights, d_head_weights = [], [], [], []
     plain: dict[tuple[int, ...], list[jax.Array]] = {}
@@ -112,8 +125,8 @@ def _backward(plans, eps, saved, cotangents):
         if head_scale is None:
             plain.setdefault(d.shape, []).append(_wide(product) * _wide(d))
         else:
-            d, d_head_weight, head_dot = _norm_gradients(product, head_scale, head_weight, d)
-            dots.append(jnp.sum(head_dot * plan.eps * head_scale**2, axis=tuple(range(rows, d.ndim))))
+            d, d_head_weight, dot = _head_gradients(product, head_scale, head_weight, rotation, d, plan.eps)
+            dots.append(dot)
         trailing = tuple(range(rows, d.ndim))
         d_normed.append(jnp.tensordot(d, matrix, (trailing, tuple(range(1, matrix.ndim)))))
         d_weights.append(jnp.tensordot(normed, d, (tuple(range(rows)),) * 2))
@@ -122,18 +135,31 @@ def _backward(plans, eps, saved, cotangents):
         # Added before they are summed: one reduction of products of one shape is one kernel with what makes them.
         dots += [jnp.sum(_sum(terms), axis=tuple(range(rows, len(shape)))) for shape, terms in plain.items()]
         d_x, d_weight = _gradients(x, scale, weight, _sum(map(_wide, d_normed)), _sum(dots)[..., None])
-    return d_x, d_weight, tuple(d_weights), tuple(d_head_weights)
+    return d_x, d_weight, tuple(d_weights), tuple(d_head_weights), None
 
 
 _project.defvjp(_forward, _backward)
 
 
 @jax.named_scope("norm")
-def _norm_gradients(x, scale, weight, d):
-    """∂x, ∂weight, and Σ of output times cotangent over the last axis [..., 1]."""
+def _head_gradients(heads, scale, weight, rotation, d, eps):
+    """∂heads and ∂weight for the cotangent d of heads that were normed and turned, and Σ heads · ∂heads of each row."""
+    if rotation is not None and _kernel_takes(heads):
+        cos, sin = rotation
+        d_heads, d_weight, dot = hopper.head_gradients(heads, d, cos, sin, weight, eps=eps)
+        return d_heads, d_weight.astype(weight.dtype), dot
+    if rotation is not None:
+        cos, sin = rotation
+        d = turn(d, cos, -sin)
     d = _wide(d)
-    dot = jnp.sum(d * _wide(weight) * _wide(x) * scale, axis=-1, keepdims=True)
-    return *_gradients(x, scale, weight, d, dot), dot
+    dot = jnp.sum(d * _wide(weight) * _wide(heads) * scale, axis=-1, keepdims=True)
+    rest = jnp.sum(dot * eps * scale**2, axis=(-2, -1))
+    return *_gradients(heads, scale, weight, d, dot), rest
+
+
+def _kernel_takes(heads):
+    whole = axis_size("batch") * axis_size("heads") == 1
+    return whole and MOSAIC_GPU.unavailable() is None and hopper.unsupported(heads.shape, heads.dtype) is None
 
 
 def _gradients(x, scale, weight, d, dot):

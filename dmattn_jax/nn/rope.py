@@ -140,17 +140,31 @@ def apply_rope(
     Angles are float32: beyond 2^24 positions they are those of the nearest representable position.
     Raises: ValueError when D is odd.
     """
-    head_dim = x.shape[-1]
+    return turn(x, *rotation(position, x.shape[-1], theta=theta, scaling=scaling))
+
+
+@jax.named_scope("rope")
+def rotation(
+    position: Int[Array, "b T"], head_dim: int, *, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Float[Array, "b T N"], Float[Array, "b T N"]]:
+    """The cos and the sin that `apply_rope` turns the N = D/2 pairs of every token with, float32."""
     if head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
     half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is not None:
         frequency = scaling.scale(frequency, theta)
-    angle = position.astype(jnp.float32)[:, :, None, None] * frequency
+    angle = position.astype(jnp.float32)[:, :, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if isinstance(scaling, YarnRope):
         cos, sin = scaling.magnitude * cos, scaling.magnitude * sin
+    return cos, sin
+
+
+@jax.named_scope("rope")
+def turn(x: Float[Array, "B T H D"], cos: Float[Array, "b T N"], sin: Float[Array, "b T N"]) -> Float[Array, "B T H D"]:
+    """x_i cos_i − x_{i+N} sin_i, and x_{i+N} cos_i + x_i sin_i: by −sin it is the transpose."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
     # The same numbers in either form. A GPU's compiler reads a flipped axis in place, where it would write two halves
     # apart and join them in another pass; a TPU's would move every row for it, and before JAX 0.11 compilers do not cut
     # over devices what has a layout asked for.

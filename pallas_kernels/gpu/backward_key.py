@@ -85,10 +85,11 @@ def key_gradients(
     *,
     scale: float,
     sizes: KeyGradientSizes,
-) -> tuple[Float[Array, "B R K 2D"], Float[Array, "B K R"]]:
-    """dk and dv of every row side by side, and dbias; stats as in `query_gradient`.
+) -> tuple[Float[Array, "B R K 2D"] | tuple[Float[Array, "B R K D"], Float[Array, "B R K D"]], Float[Array, "B K R"]]:
+    """dk and dv of every row, and dbias; stats as in `query_gradient`.
 
-    float32, but for dk and dv that nothing is added to any more: those are of the query's dtype.
+    dk and dv are side by side and float32 where they are yet to be added up; else two arrays, of the query's dtype if
+    the registers have room for the rounding.
     """
     batch, _, heads, dim = query.shape
     length, kv_heads = rows.key.shape[1:3]
@@ -98,10 +99,11 @@ def key_gradients(
     group = heads // kv_heads // parts
     consume = consume_products if sizes.by_product else consume_halves
     # Rows of lists are added up over epochs, and parts of a group with each other.
-    final = rows.carried == 0 and parts == 1 and not sizes.by_product
-    out = query.dtype if final else jnp.float32
+    final = rows.carried == 0 and parts == 1
+    out = query.dtype if final and not sizes.by_product else jnp.float32
+    width = dim if final else 2 * dim
 
-    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dkv_ref, dbias_ref, *, scratch):
+    def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dbias_ref, *targets, scratch):
         (k_smem, v_smem, meta_smem, q_smem, do_smem, stats_smem, out_smem, bias_smem), barriers = scratch
         own, q_full, do_full, stats_full, q_free, do_free, stats_free = barriers
         # The last axis of the grid runs fastest: the first tiles, which most queries see, begin first.
@@ -121,13 +123,17 @@ def key_gradients(
             within = within + jnp.where(early, lead, jnp.where(within < lead, 0, whole))
             return lax.div(index, each), first_tile + within
 
+        def target(at, columns):
+            array, first = divmod(columns.start, width)
+            return targets[array].at[item, at, line, pl.ds(first, columns.size)]
+
         program = Program(
             keys=lambda at: (
                 k_ref.at[item, at, kv_head],
                 v_ref.at[item, at, kv_head],
                 meta_ref.at[item, kv_head, :, at],
             ),
-            gradients=lambda at, columns: dkv_ref.at[item, at, line, columns],
+            gradients=target,
             bias_gradient=lambda at: dbias_ref.at[item, line, at],
             first=tile * block_k,
             tiles=(k_smem, v_smem, meta_smem),
@@ -158,18 +164,21 @@ def key_gradients(
 
             produce(0, steps, copies)
 
-    gradients, bias_gradient = warp_specialized(
+    bias_gradient, *gradients = warp_specialized(
         "attention_key_gradients",
         body,
         sizes.scratch(query.dtype, out),
         out_type=[
-            jax.ShapeDtypeStruct((batch, length, kv_heads * parts, 2 * dim), out),
             jax.ShapeDtypeStruct((batch, kv_heads * parts, length), jnp.float32),
+            *[jax.ShapeDtypeStruct((batch, length, kv_heads * parts, width), out)] * (2 * dim // width),
         ],
         grid=(length // block_k, batch, kv_heads * parts),
         grid_names=("tile", "batch", "line"),
     )(query, dout, stats, rows.key, rows.value, rows.meta, walks)
+    if final:
+        return tuple(gradients), bias_gradient
+    (both,) = gradients
     if parts > 1:
-        gradients = gradients.reshape(batch, length, kv_heads, parts, 2 * dim).sum(3)
+        both = both.reshape(batch, length, kv_heads, parts, 2 * dim).sum(3)
         bias_gradient = bias_gradient.reshape(batch, kv_heads, parts, length).sum(2)
-    return gradients, bias_gradient
+    return both, bias_gradient

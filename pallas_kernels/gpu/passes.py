@@ -65,9 +65,11 @@ def backward(
     both, dbias = key_gradients(query, dout, stats, rows, walks, scale=scale, sizes=blocks.key_gradient)
     dbias = jnp.moveaxis(dbias, 1, 2)
     if intervals.lists is None:
-        dkey, dvalue = (part[:, :length] for part in jnp.split(both, 2, axis=3))
+        pair = both if isinstance(both, tuple) else jnp.split(both, 2, axis=3)
+        dkey, dvalue = (part[:, :length] for part in pair)
         dbias = dbias[:, :length]
     else:
+        assert not isinstance(both, tuple)
         sizes = {"length": length, "queries": queries}
         dkey, dvalue = sum_over_epochs(both, intervals, parts=2, dtype=key.dtype, **sizes)
         dbias = sum_over_epochs(dbias[..., None], intervals, parts=1, dtype=jnp.float32, **sizes)[0][..., 0]

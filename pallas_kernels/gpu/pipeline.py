@@ -28,6 +28,15 @@ def load_vector(ref: Any, layout: Any) -> Any:
     return load_as(ref, layout, optimized=False)
 
 
+def store_rows(ref: Any, value: Any) -> None:
+    """Writes registers to global memory as they are spread over threads, though that is not whole cache lines."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        # Before JAX 0.12 no plain write asks for whole lines.
+        ref[...] = value
+
+
 class Pieces(NamedTuple):
     """Pieces of work, a query head and a tile of queries each, that one program a multiprocessor takes in turn."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.contract import EpochLists, Intervals
@@ -89,7 +90,8 @@ def gather_rows(
     queries: int,
 ) -> Rows:
     """The rows of every epoch's list, or all keys once in the identity layout."""
-    finite = (jnp.isfinite(key) & jnp.isfinite(value)).all(-1)
+    # In a kernel of its own: where it is fused with the stacking of what a key has, each number looks at a whole row.
+    finite = lax.optimization_barrier((jnp.isfinite(key) & jnp.isfinite(value)).all(-1))
     bias = jnp.where(finite, bias * LOG2E, jnp.nan)
     if intervals.lists is None:
         # Element by element, which fuses with what makes the array; the row's bias is NaN all the same.
