@@ -148,6 +148,8 @@ def test_what_it_does_not_take_is_said(monkeypatch):
     query, key = jnp.zeros((1, 16, HEADS, 64), jnp.float32), jnp.zeros((1, 16, KV_HEADS, 64), jnp.float32)
     places = Places(*(jnp.zeros((1, 16), jnp.int32),) * 2)
     attend = functools.partial(pattern_attention, query, key, key, patterns, places, places, scale=1.0)
+    # As on a machine without one, also where there is one.
+    monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: "it needs an NVIDIA Hopper GPU")
     with pytest.raises(ValueError, match="'mosaic_gpu' cannot run here: it needs an NVIDIA Hopper GPU"):
         attend(implementation="mosaic_gpu")
     monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
