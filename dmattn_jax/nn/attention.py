@@ -250,9 +250,8 @@ class DynamicMaskAttention(SlidingWindowAttention):
     the bias δ on the keys that are seen.
     """
 
-    exact_values = (
-        True  # Equal tokens must have equal gates in prefill and in decoding, or ties are broken by rounding.
-    )
+    # Equal tokens must have equal gates in prefill and in decoding, or ties are broken by rounding.
+    exact_values = True
 
     def __init__(
         self,

@@ -144,12 +144,11 @@ _project.defvjp(_forward, _backward)
 @jax.named_scope("norm")
 def _head_gradients(heads, scale, weight, rotation, d, eps):
     """∂heads and ∂weight for the cotangent d of heads that were normed and turned, and Σ heads · ∂heads of each row."""
-    if rotation is not None and _kernel_takes(heads):
-        cos, sin = rotation
-        d_heads, d_weight, dot = hopper.head_gradients(heads, d, cos, sin, weight, eps=eps)
-        return d_heads, d_weight.astype(weight.dtype), dot
     if rotation is not None:
         cos, sin = rotation
+        if _kernel_takes(heads):
+            d_heads, d_weight, dot = hopper.head_gradients(heads, d, cos, sin, weight, eps=eps)
+            return d_heads, d_weight.astype(weight.dtype), dot
         d = turn(d, cos, -sin)
     d = _wide(d)
     dot = jnp.sum(d * _wide(weight) * _wide(heads) * scale, axis=-1, keepdims=True)

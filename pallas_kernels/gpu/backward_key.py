@@ -85,11 +85,11 @@ def key_gradients(
     *,
     scale: float,
     sizes: KeyGradientSizes,
-) -> tuple[Float[Array, "B R K 2D"] | tuple[Float[Array, "B R K D"], Float[Array, "B R K D"]], Float[Array, "B K R"]]:
-    """dk and dv of every row, and dbias; stats as in `query_gradient`.
+) -> tuple[tuple[Float[Array, "B R K _"], ...], Float[Array, "B K R"]]:
+    """(dk, dv) of every row, and dbias; stats as in `query_gradient`.
 
-    dk and dv are side by side and float32 where they are yet to be added up; else two arrays, of the query's dtype if
-    the registers have room for the rounding.
+    Of lists, whose rows are yet to be added up, dk and dv are one array, side by side. float32, but where nothing is
+    added to them any more and registers have room for the rounding: those are of the query's dtype.
     """
     batch, _, heads, dim = query.shape
     length, kv_heads = rows.key.shape[1:3]
@@ -99,9 +99,10 @@ def key_gradients(
     group = heads // kv_heads // parts
     consume = consume_products if sizes.by_product else consume_halves
     # Rows of lists are added up over epochs, and parts of a group with each other.
-    final = rows.carried == 0 and parts == 1
-    out = query.dtype if final and not sizes.by_product else jnp.float32
-    width = dim if final else 2 * dim
+    listed = rows.carried > 0
+    final = not listed and parts == 1 and not sizes.by_product
+    out = query.dtype if final else jnp.float32
+    width = 2 * dim if listed else dim
 
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dbias_ref, *targets, scratch):
         (k_smem, v_smem, meta_smem, q_smem, do_smem, stats_smem, out_smem, bias_smem), barriers = scratch
@@ -175,10 +176,7 @@ def key_gradients(
         grid=(length // block_k, batch, kv_heads * parts),
         grid_names=("tile", "batch", "line"),
     )(query, dout, stats, rows.key, rows.value, rows.meta, walks)
-    if final:
-        return tuple(gradients), bias_gradient
-    (both,) = gradients
     if parts > 1:
-        both = both.reshape(batch, length, kv_heads, parts, 2 * dim).sum(3)
+        gradients = [array.reshape(batch, length, kv_heads, parts, width).sum(3) for array in gradients]
         bias_gradient = bias_gradient.reshape(batch, kv_heads, parts, length).sum(2)
-    return both, bias_gradient
+    return tuple(gradients), bias_gradient

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.gpu.device import multiprocessors
-from pallas_kernels.gpu.pipeline import load_as, store_rows
+from pallas_kernels.gpu.pipeline import load_as, load_vector, store_rows
 
 ROWS = 64
 """Tokens of a program."""
@@ -76,7 +76,7 @@ def head_gradients(
             d1, d2 = d1 * c + d2 * s, d2 * c - d1 * s
             found = []
             for part, d in ((first, d1), (second, d2)):
-                by = load_as(weight_ref.at[part], by_column, optimized=False).astype(jnp.float32)
+                by = load_vector(weight_ref.at[part], by_column).astype(jnp.float32)
                 y = read(heads_ref, item, at, head, part)
                 found.append((part, y, d, d * spread(by, 1)))
             return found

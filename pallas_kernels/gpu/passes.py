@@ -62,14 +62,13 @@ def backward(
     dquery, lack = query_gradient(query, dout, stats, rows, runs, scale=scale, sizes=blocks.query_gradient)
     if lack is not None:
         stats = stats.at[:, :, 2].add(lack)
-    both, dbias = key_gradients(query, dout, stats, rows, walks, scale=scale, sizes=blocks.key_gradient)
+    gradients, dbias = key_gradients(query, dout, stats, rows, walks, scale=scale, sizes=blocks.key_gradient)
     dbias = jnp.moveaxis(dbias, 1, 2)
     if intervals.lists is None:
-        pair = both if isinstance(both, tuple) else jnp.split(both, 2, axis=3)
-        dkey, dvalue = (part[:, :length] for part in pair)
+        dkey, dvalue = (array[:, :length] for array in gradients)
         dbias = dbias[:, :length]
     else:
-        assert not isinstance(both, tuple)
+        (both,) = gradients
         sizes = {"length": length, "queries": queries}
         dkey, dvalue = sum_over_epochs(both, intervals, parts=2, dtype=key.dtype, **sizes)
         dbias = sum_over_epochs(dbias[..., None], intervals, parts=1, dtype=jnp.float32, **sizes)[0][..., 0]
