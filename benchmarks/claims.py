@@ -35,19 +35,22 @@ def verdict_of(better: int, same: int, worse: int) -> str:
     return NOT if better == 0 else MIXED
 
 
-def recall_claims(records: Records) -> list[Claim]:
+def recall_claims(records: Records, where: str = "") -> list[Claim]:
     """DMA against every other attention, cell by cell of the recall sweeps. A cell that its minutes ended says only
-    how fast its model learns, so it decides nothing."""
+    how fast its model learns, so it decides nothing.
+
+    where: which cells these are, for the sentence.
+    """
     found: dict[tuple[Any, str], list[dict[str, Any]]] = collections.defaultdict(list)
     for file, results in records.items():
         for result in results:
             config = result["config"]
             cell = (file, config["length"], config["pairs"], config["dim"])
             found[cell, config["attention"]].append(result)
-    return [_recall_claim(found, rival) for rival in RIVALS]
+    return [_recall_claim(found, rival, where) for rival in RIVALS]
 
 
-def _recall_claim(found: Mapping[tuple[Any, str], list[dict[str, Any]]], rival: str) -> Claim:
+def _recall_claim(found: Mapping[tuple[Any, str], list[dict[str, Any]]], rival: str, where: str) -> Claim:
     pairs = [
         (own, found[cell, rival]) for (cell, name), own in found.items() if name == "dma" and (cell, rival) in found
     ]
@@ -56,12 +59,17 @@ def _recall_claim(found: Mapping[tuple[Any, str], list[dict[str, Any]]], rival: 
     better = sum(own - other > SAME_ACCURACY for own, other in accuracy)
     worse = sum(other - own > SAME_ACCURACY for own, other in accuracy)
     same = len(ended) - better - worse
+    shortened = [[r for results in pair for r in results if r["stopped"] == "steps"] for pair in ended]
+    shortened = [results for results in shortened if results]
     parts = []
     if ended:
         parts.append(f"better in {better}, within {SAME_ACCURACY} in {same}, worse in {worse} of {len(ended)} cells")
+    if shortened:
+        steps = sorted({result["steps"] for results in shortened for result in results})
+        parts.append(f"{len(shortened)} of them with schedules shortened to {', '.join(map('{:,}'.format, steps))} steps")
     if len(pairs) > len(ended):
         parts.append(f"{len(pairs) - len(ended)} cut short by time, which decide nothing")
-    said = f"DMA recalls at least as much as {rival.upper()} (2508.02124)"
+    said = f"DMA recalls at least as much as {rival.upper()} (2508.02124){where}"
     return Claim(said, "; ".join(parts), OPEN if pairs and not ended else verdict_of(better, same, worse))
 
 

@@ -46,6 +46,14 @@ def test_cells_ended_by_their_minutes_decide_nothing():
     assert found["SWA"].measured.endswith("of 1 cells; 1 cut short by time, which decide nothing")
 
 
+def test_shortened_schedules_are_named():
+    cells = [cell("dma", 32, 0.9, stopped="target"), cell("mha", 32, 0.1, stopped="steps"), cell("swa", 32, 0.1)]
+    mha, swa, *_ = claims.recall_claims({"mqar_x": cells}, "; here elsewhere")
+    assert mha.said.endswith("MHA (2508.02124); here elsewhere")
+    assert mha.measured.endswith("of 1 cells; 1 of them with schedules shortened to 320 steps")
+    assert "shortened" not in swa.measured
+
+
 @pytest.mark.parametrize(
     ("gaps", "verdict"),
     [
