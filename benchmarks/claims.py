@@ -66,7 +66,9 @@ def _recall_claim(found: Mapping[tuple[Any, str], list[dict[str, Any]]], rival: 
         parts.append(f"better in {better}, within {SAME_ACCURACY} in {same}, worse in {worse} of {len(ended)} cells")
     if shortened:
         steps = sorted({result["steps"] for results in shortened for result in results})
-        parts.append(f"{len(shortened)} of them with schedules shortened to {', '.join(map('{:,}'.format, steps))} steps")
+        parts.append(
+            f"{len(shortened)} of them with schedules shortened to {', '.join(map('{:,}'.format, steps))} steps"
+        )
     if len(pairs) > len(ended):
         parts.append(f"{len(pairs) - len(ended)} cut short by time, which decide nothing")
     said = f"DMA recalls at least as much as {rival.upper()} (2508.02124){where}"
