@@ -100,8 +100,7 @@ def claims_table(records: Mapping[str, claims.Records]) -> str:
 
 def recall(name: str, results: list[dict[str, Any]], figures: Path) -> str:
     """Accuracy and speed by cell, which cells there are and how they ended."""
-    groups = mqar_sweep.group_results(iter(results))
-    mqar_sweep.plot(groups, figures / f"{name}.png")
+    mqar_sweep.plot(results, figures / f"{name}.png")
     seeds = sorted({result["config"]["seed"] for result in results})
     stops = collections.Counter(result["stopped"] for result in results)
     steps = sorted(result["steps"] for result in results)
@@ -114,7 +113,7 @@ def recall(name: str, results: list[dict[str, Any]], figures: Path) -> str:
         f"{steps[-1]:,} steps; stopped by {', '.join(f'{why} ({count})' for why, count in sorted(stops.items()))}. "
         f"Windows of {windows} keys, margin in δ {margins}."
     )
-    parts = [f"{said}\n", mqar_sweep.tables(results), _picture(name, "Accuracy against width")]
+    parts = [f"{said}\n", mqar_sweep.tables(results), _picture(name, "Accuracy by cell")]
     for result in (result for result in results if "film" in result):
         plot_film(result, figures / f"{name}_{result['name']}.png")
         parts.append(_picture(f"{name}_{result['name']}", "Masks over training"))

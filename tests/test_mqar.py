@@ -13,15 +13,17 @@ import pytest
 from flax import nnx
 
 from configs.mqar import SWEEPS
+from dmattn_jax import nn
 from dmattn_jax.oracle import visible_keys_oracle
 from train import cli
 from train.errors import ConfigError
 from train.experiments import mqar_cell
+from train.experiments.ablation_layers import LAYERS
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_cell import train_cell
-from train.experiments.mqar_config import MQARConfig, MQARSweep, resolve
+from train.experiments.mqar_config import CHANGES, GATE_RATES, MQARConfig, MQARSweep, resolve
 from train.experiments.mqar_data import Examples, make_examples
-from train.experiments.mqar_model import RecallModel
+from train.experiments.mqar_model import RecallModel, lifetimes_of
 from train.experiments.mqar_plots import MOST_SNAPSHOTS, GateHistory, film_of
 from train.experiments.mqar_step import epoch_rows, gate_measures, make_programs
 from train.experiments.mqar_sweep import report, run_sweep
@@ -146,6 +148,47 @@ def test_gate_measures_by_counting():
     assert float(measure(model)[0]["ties"][0]) == 1
 
 
+@pytest.mark.parametrize("change", GATE_RATES)
+def test_a_gate_may_learn_at_another_rate(change):
+    """One step from equal parameters: only the gate's go another way, and by that factor."""
+    config = resolve(dataclasses.replace(TINY, num_layers=1, scan_steps=1, eval_every=1))
+
+    def after_a_step(config):
+        programs = make_programs(config)
+        before = jax.device_get(programs.initial().params)
+        state, _ = programs.train(programs.initial())
+        return {name: np.asarray(value) - before[name] for name, value in state.params.items()}
+
+    published, changed = after_a_step(config), after_a_step(dataclasses.replace(config, change=change))
+    gate = "blocks.0.attention.gate.A"
+    assert (published[gate] != 0).all()
+    np.testing.assert_allclose(changed.pop(gate), GATE_RATES[change] * published.pop(gate), rtol=1e-5)
+    for name, moved in published.items():
+        np.testing.assert_array_equal(changed[name], moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [name for name in CHANGES if name not in GATE_RATES])
+def test_every_change_learns_and_draws_its_own_masks(change):
+    config = resolve(dataclasses.replace(TINY, num_layers=1, change=change))
+    assert config.window == (22 if change == "all_keys" else 7)
+    assert (config.gate_step > 0) == (change == "margin")
+    programs = make_programs(config)
+    state, metrics = programs.train(programs.initial())
+    assert np.isfinite(metrics["loss"]).all()
+    assert int(state.bad_steps) == 0
+    gates = programs.skeleton.merge(state.params).gates(jnp.asarray(examples(config, 3).tokens))[0]
+    layer = programs.skeleton.merge(state.params).blocks[0].attention
+    assert isinstance(layer, LAYERS.get(change, nn.DynamicMaskAttention))
+    assert layer.gate.activation == ("linear" if change == "linear_gate" else "exp")
+    np.testing.assert_array_equal(lifetimes_of(config, gates[..., 0]), layer.lifetimes(gates)[..., 0])
+    expiry = np.asarray(programs.look(state.params)["expiry"])
+    if change == "all_keys":
+        assert (expiry == 22).all()
+    if change == "half_recent":
+        assert (expiry >= np.minimum(np.arange(22) + 3, 22)).all()
+
+
 class Calls:
     """A deadline that passes at its n-th question."""
 
@@ -169,6 +212,12 @@ def test_a_cell_has_its_numbers_and_is_not_trained_twice(tmp_path):
     assert (result["stopped"], result["steps"]) == ("target", 9)
     assert result["config"] == dataclasses.asdict(config)
     assert json.loads((tmp_path / config.name / "result.json").read_text()) == result
+    assert train_cell(config, tmp_path, Calls(1)).result == result
+    # What a folder from before a field does not say about it is that it was at its default.
+    saved = tmp_path / config.name / "config.json"
+    before = json.loads(saved.read_text())
+    del before["change"]
+    saved.write_text(json.dumps(before))
     assert train_cell(config, tmp_path, Calls(1)).result == result
     with pytest.raises(ConfigError, match=r"learning_rate 0.01 -> 0.02; choose another --output"):
         train_cell(dataclasses.replace(config, learning_rate=0.02), tmp_path, Deadline(None))
@@ -273,6 +322,37 @@ def test_report_is_the_mean_and_spread_of_the_cells_that_are_done(tmp_path):
         report(tmp_path / "empty")
 
 
+def test_changes_are_cells_of_dma_alone_and_rows_of_their_own(tmp_path):
+    sweep = MQARSweep(
+        lengths=(64,), pairs=(4,), dims=(32,), variants=("swa", "dma"), changes=("none", "margin", "slow_gate")
+    )
+    cells = sweep.cells()
+    assert [cell.name for cell in cells] == [
+        "swa_L64_n4_d32_s0", "dma_L64_n4_d32_s0", "dma_margin_L64_n4_d32_s0", "dma_slow_gate_L64_n4_d32_s0",
+    ]  # fmt: skip
+    for number, cell in enumerate(cells):
+        result = {
+            "name": cell.name, "config": dataclasses.asdict(cell), "accuracy": number / 4, "stopped": "epochs",
+            "steps": 10 + number, "history": [{"step": 5, "accuracy": 0.1, "loss": 1.0}],
+            "tokens_per_second": 1e6 * (number + 1), "device": "cpu", "sharing": 1,
+        }  # fmt: skip
+        if cell.attention == "swa":
+            # A cell from before there were changes.
+            del result["config"]["change"]
+        (tmp_path / cell.name).mkdir()
+        (tmp_path / cell.name / "result.json").write_text(json.dumps(result))
+    report(tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2:6] == [
+        "| 32 | SWA | 0.000 |", "| 32 | DMA | 0.250 |",
+        "| 32 | DMA, slow_gate | 0.750 |", "| 32 | DMA, margin | 0.500 |",
+    ]  # fmt: skip
+    assert "- slow_gate: the gate's two parameters learn at 0.1 times the rate" in lines
+    assert "- margin: δ rounded to multiples of 0.1 (gate_step)" in lines
+    assert "| 64 tokens, width 32 | 1,000 | 2,000 | 4,000 | 3,000 |" in lines
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+
 def test_a_sweep_passes_over_a_cell_that_another_process_trains(tmp_path, capsys):
     sweep = MQARSweep(
         lengths=(64,), pairs=(4,), dims=(32,), variants=("mha",), cell=dataclasses.replace(TINY, window=5)
@@ -329,6 +409,7 @@ def test_an_easy_cell_is_learned(tmp_path):
         ({"train_examples": 3}, "train-examples must be at least one batch of 5, got 3"),
         ({"minutes": 0.0}, "minutes must be > 0, got 0.0"),
         ({"length": 0}, "length must be >= 1, got 0"),
+        ({"attention": "swa", "change": "margin"}, "change is of dma, got margin of swa"),
     ],
 )
 def test_impossible_cells_are_refused(changes, message):

@@ -20,12 +20,7 @@ from train.checkpoint import newest_intact, restore_parameters
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.experiments.ablation_config import MEANINGS, NAMES, AblationCell, AblationName, AblationSweep
-from train.experiments.ablation_layers import (
-    AblatedDoge,
-    EarlierFirstAttention,
-    HalfRecentAttention,
-    HiddenGateAttention,
-)
+from train.experiments.ablation_layers import LAYERS, AblatedDoge
 from train.experiments.ablation_measures import measure_distances
 from train.experiments.cells import train_missing
 from train.experiments.deadline import Deadline
@@ -39,11 +34,6 @@ from train.plots import INK, plot_masks, save_figure
 from train.report import PICTURE_TOKENS, make_expiry_function, windows_of
 
 MEASURED_ROWS = 8
-LAYERS = {
-    "earlier_ties": EarlierFirstAttention,
-    "hidden_gate": HiddenGateAttention,
-    "half_recent": HalfRecentAttention,
-}
 COLOURS: dict[AblationName, str] = dict(
     zip(
         NAMES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -150,6 +151,14 @@ class HiddenGateAttention(nn.DynamicMaskAttention):
 
     def decode(self, x, cache, segment_ids=None):
         raise NotImplementedError("hidden_gate is trained and measured on whole texts, not decoded")
+
+
+LAYERS: Mapping[str, type[nn.DynamicMaskAttention]] = {
+    "earlier_ties": EarlierFirstAttention,
+    "hidden_gate": HiddenGateAttention,
+    "half_recent": HalfRecentAttention,
+}
+"""Ablations that are layers of their own, by name."""
 
 
 class AblatedBlock(DogeBlock):

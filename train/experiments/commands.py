@@ -25,6 +25,7 @@ Examples:
   dmattn mqar sweep paper
   dmattn mqar sweep paper --lengths 2048 --dims 64 128 --variants mha dma --seeds 0 1 --cell.minutes 5
   dmattn mqar sweep paper --jobs 6 --max-minutes 60      (six cells at a time, on all GPUs)
+  dmattn mqar sweep smoke --variants swa dma --changes none margin half_recent      (why: one thing at a time)
   dmattn mqar report runs/mqar"""
 
 

@@ -50,10 +50,12 @@ def read_result(folder: Path, config: MQARConfig) -> dict[str, Any] | None:
     """The finished cell's numbers, or None. Raises: ConfigError when the folder is of another configuration."""
     saved = folder / "config.json"
     if saved.exists():
-        before, now = json.loads(saved.read_text(encoding="utf-8")), dataclasses.asdict(config)
-        changed = [name for name in now if before.get(name) != now[name]]
+        # A field that came later was at its default.
+        before = dataclasses.asdict(MQARConfig()) | json.loads(saved.read_text(encoding="utf-8"))
+        now = dataclasses.asdict(config)
+        changed = [name for name in now if before[name] != now[name]]
         if changed:
-            shown = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in changed)
+            shown = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed)
             raise ConfigError(f"{folder} holds a cell of another configuration: {shown}; choose another --output")
     path = folder / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -5,13 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dmattn_jax.models.config import AttentionKind
 from train.errors import ConfigError
+from train.experiments.ablation_config import MARGIN, MEANINGS
 from train.experiments.variants import VARIANTS
 
 TOKENS_PER_STEP = 65_536
+GATE_RATES = {"slow_gate": 0.1, "fast_gate": 10.0}
+
+Change = Literal[
+    "none", "earlier_ties", "linear_gate", "hidden_gate", "slow_gate", "fast_gate", "margin", "half_recent", "all_keys"
+]
+CHANGES: tuple[Change, ...] = get_args(Change)
+CHANGED: dict[Change, str] = {
+    "none": MEANINGS["dma"],
+    **{name: MEANINGS[name] for name in CHANGES if name in MEANINGS},
+    **{name: f"the gate's two parameters learn at {rate:g} times the rate" for name, rate in GATE_RATES.items()},  # type: ignore[misc]
+}
+"""What each change of `dma` is, in the order of CHANGES."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,9 @@ class MQARConfig:
     """None: length + 1. Keys are from its lower half, values from its upper half."""
     window: int | None = None
     """Keys a query sees (`dma`, `swa`), recent keys of `nsa`; None: 512, and length / 2 where that is less."""
+    change: Change = "none"
+    """One thing that is not as published in `dma`: those of `dmattn ablation`, and a gate that learns at a tenth of the
+    rate or at ten times of it. `margin` sets gate-step, `all_keys` the window."""
     gate_step: float = 0.0
     """Margin in δ by which an older key must beat a later one (`dma`); 0 is the paper."""
     num_layers: int = 2
@@ -68,18 +84,21 @@ class MQARConfig:
     @property
     def name(self) -> str:
         """What tells the cell from others of a sweep."""
-        return f"{self.attention}_L{self.length}_n{self.pairs}_d{self.dim}_s{self.seed}"
+        changed = "" if self.change == "none" else f"_{self.change}"
+        return f"{self.attention}{changed}_L{self.length}_n{self.pairs}_d{self.dim}_s{self.seed}"
 
 
 @dataclass(frozen=True)
 class MQARSweep:
-    """Cells: lengths × dims × variants × seeds over one configuration."""
+    """Cells: lengths × dims × variants × seeds over one configuration, and those of `dma` once for each change."""
 
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     pairs: tuple[int, ...] = ()
     """Key-value pairs of each length; empty: the paper's."""
     dims: tuple[int, ...] = (32, 64, 128, 256)
     variants: tuple[AttentionKind, ...] = VARIANTS
+    changes: tuple[Change, ...] = ("none",)
+    """What is not as published in `dma`; `none` is the paper's."""
     seeds: tuple[int, ...] = (0,)
     cell: MQARConfig = field(default_factory=MQARConfig)
     """What all cells share."""
@@ -93,11 +112,16 @@ class MQARSweep:
             raise ConfigError(f"pairs must have one number a length ({len(self.lengths)}) or none, got {self.pairs}")
         pairs: tuple[int | None, ...] = self.pairs or (None,) * len(self.lengths)
         return [
-            resolve(dataclasses.replace(self.cell, attention=variant, length=length, pairs=count, dim=dim, seed=seed))
+            resolve(
+                dataclasses.replace(
+                    self.cell, attention=variant, change=change, length=length, pairs=count, dim=dim, seed=seed
+                )
+            )
             for length, count in zip(self.lengths, pairs, strict=True)
             for dim in self.dims
             for seed in self.seeds
             for variant in self.variants
+            for change in (self.changes if variant == "dma" else ("none",))
         ]
 
 
@@ -109,6 +133,8 @@ def resolve(config: MQARConfig) -> MQARConfig:
     """
     for name in ("length", "dim", "num_layers", "train_examples", "test_examples", "eval_every", "scan_steps"):
         _at_least_one(config, name)
+    if config.change != "none" and config.attention != "dma":
+        raise ConfigError(f"change is of dma, got {config.change} of {config.attention}")
     filled: dict[str, Any] = {
         "pairs": min(512, config.length // 4),
         "vocab_size": config.length + 1,
@@ -120,6 +146,10 @@ def resolve(config: MQARConfig) -> MQARConfig:
     config = dataclasses.replace(
         config, **{name: value for name, value in filled.items() if getattr(config, name) is None}
     )
+    if config.change == "margin":
+        config = dataclasses.replace(config, gate_step=MARGIN)
+    elif config.change == "all_keys":
+        config = dataclasses.replace(config, window=config.length)
     for name in ("pairs", "vocab_size", "window", "batch_size"):
         _at_least_one(config, name)
     assert config.pairs is not None

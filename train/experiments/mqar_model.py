@@ -7,10 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from dmattn_jax import nn
+from dmattn_jax.documents import document_bounds
 from dmattn_jax.partitioning import normal
+from dmattn_jax.selection import select_keys
+from train.experiments.ablation_layers import LAYERS, half_recent
 from train.experiments.mqar_config import MQARConfig
 
 
@@ -93,4 +96,14 @@ def _attention(config: MQARConfig, rngs: nnx.Rngs) -> Any:
         return nn.SlidingWindowAttention(*shape, window=config.window, **common)
     if config.attention == "nsa":
         return nn.NativeSparseAttention(*shape, latent_dim=dim // 4, window=config.window, **common)
-    return nn.DynamicMaskAttention(*shape, window=config.window, gate_step=config.gate_step, **common)
+    layer = LAYERS.get(config.change, nn.DynamicMaskAttention)
+    activation: Any = "linear" if config.change == "linear_gate" else "exp"
+    return layer(*shape, window=config.window, gate_step=config.gate_step, gate_activation=activation, **common)
+
+
+def lifetimes_of(config: MQARConfig, gates: Float[Array, "n L"]) -> Int32[Array, "n L"]:
+    """The masks that rows of a `dma` model's `gates` make: of every key the first position that no longer sees it."""
+    assert config.window is not None
+    if config.change == "half_recent":
+        return half_recent(gates[:, None], (config.window,), document_bounds(None, *gates.shape))[:, 0]
+    return select_keys(gates[..., None], config.window)[..., 0]

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from dmattn_jax import select_keys
 from train.experiments.mqar_config import MQARConfig
+from train.experiments.mqar_model import lifetimes_of
 from train.metrics_file import read_metrics
 from train.plots import CHOSEN, INK, RECENT, plot_mask_film, plot_masks, save_figure, spread
 
@@ -108,7 +108,7 @@ def film_of(history: GateHistory, config: MQARConfig) -> dict[str, Any]:
     assert config.window is not None
     moments = spread(len(history.steps), MOST_MOMENTS)
     gates = jnp.asarray(np.stack([history.gates[number] for number in moments]))
-    expiry = np.asarray(select_keys(gates.reshape(-1, config.length, 1), config.window)).reshape(gates.shape)
+    expiry = np.asarray(lifetimes_of(config, gates.reshape(-1, config.length))).reshape(gates.shape)
     sampled, window, stride = _sampled(expiry, config.window, MOST_FILMED)
     return {
         "steps": [history.steps[number] for number in moments],

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dmattn_jax.selection import select_keys
 from train.config import OptimizerConfig
-from train.experiments.mqar_config import MQARConfig
+from train.experiments.mqar_config import GATE_RATES, MQARConfig
 from train.experiments.mqar_data import Examples, make_examples
-from train.experiments.mqar_model import RecallModel
+from train.experiments.mqar_model import RecallModel, lifetimes_of
 from train.optimizer import make_optimizer, make_schedule
 from train.parameters import Skeleton, skeleton_of
 from train.step import Params, TrainState, apply_gradients, make_state
@@ -55,6 +54,9 @@ def make_programs(config: MQARConfig) -> Programs:
     )
     schedule = make_schedule(recipe, config.learning_rate, steps)
     optimizer = make_optimizer(recipe, schedule, skeleton.decay_mask())
+    if config.change in GATE_RATES:
+        of_gate = {name: ".gate." in name for name in skeleton.shapes}
+        optimizer = optax.chain(optimizer, optax.masked(optax.scale(GATE_RATES[config.change]), of_gate))
     stream, shuffle = jax.random.split(jax.random.key(config.seed))
 
     def objective(params: Params, examples: Examples) -> Array:
@@ -136,8 +138,8 @@ def gate_measures(config: MQARConfig, model: RecallModel, examples: Examples) ->
     assert config.window is not None
     window = config.window
     gates = model.gates(examples.tokens)
-    expiry = jax.lax.map(lambda gate: select_keys(gate, window), gates)[..., 0]
     gates = gates[..., 0]
+    expiry = jax.lax.map(lambda gate: lifetimes_of(config, gate), gates)
     pairs = examples.position.shape[1]
     key = 2 * jnp.arange(pairs)
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dmattn_jax.models.config import AttentionKind
 from train.errors import ConfigError
 from train.experiments.cells import train_missing
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_cell import read_result, train_cell
-from train.experiments.mqar_config import MQARConfig, MQARSweep
+from train.experiments.mqar_config import CHANGED, CHANGES, Change, MQARConfig, MQARSweep
 from train.experiments.results import read_results, write_json, write_text
 from train.experiments.speed import speed_table
 from train.experiments.variants import COLOURS, VARIANTS
@@ -51,12 +53,18 @@ def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
 class Group:
     """Cells that differ in their seed alone. accuracy: the last test of each."""
 
-    attention: str
+    attention: AttentionKind
+    change: Change
     length: int
     pairs: int
     dim: int
     accuracy: tuple[float, ...]
     stopped: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """What is compared: the attention, and what is not as published in it."""
+        return label_of(self.attention, self.change)
 
     @property
     def text(self) -> str:
@@ -68,15 +76,26 @@ class Group:
 
 
 def group_results(results: Iterator[dict[str, Any]]) -> list[Group]:
-    """One group for each variant, length, number of pairs and width."""
+    """One group for each variant, change, length, number of pairs and width."""
     cells = collections.defaultdict(list)
     for result in results:
         config = result["config"]
-        cells[config["attention"], config["length"], config["pairs"], config["dim"]].append(result)
+        cells[*_compared(result), config["length"], config["pairs"], config["dim"]].append(result)
     return [
         Group(*key, tuple(cell["accuracy"] for cell in found), tuple(cell["stopped"] for cell in found))
         for key, found in sorted(cells.items())
     ]
+
+
+def _compared(result: dict[str, Any]) -> tuple[AttentionKind, Change]:
+    """A cell's attention and change; cells from before there were changes have none."""
+    return result["config"]["attention"], result["config"].get("change", "none")
+
+
+def label_of(attention: str, change: Change) -> str:
+    """What a table calls them."""
+    name = attention.upper()
+    return name if change == "none" else f"{name}, {change}"
 
 
 def report(output: Path) -> None:
@@ -87,47 +106,98 @@ def report(output: Path) -> None:
     results = list(read_results(output))
     if not results:
         raise ConfigError(f"no finished cell below {output}")
-    groups = group_results(iter(results))
     write_json(output / "results.json", results)
     write_text(output / "table.md", tables(results))
-    plot(groups, output / "accuracy.png")
+    plot(results, output / "accuracy.png")
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """Accuracies, and speeds below them."""
-    return _table(group_results(iter(results))) + _speeds(results)
+    """Accuracies, what was changed where anything was, and speeds."""
+    groups = group_results(iter(results))
+    return _table(groups) + _changes(groups) + _speeds(results)
 
 
 def _table(groups: list[Group]) -> str:
     """Accuracy as Markdown: widths and variants by lengths."""
     tasks = sorted({(group.length, group.pairs) for group in groups})
-    rows = sorted({(group.dim, VARIANTS.index(group.attention), group.attention) for group in groups})
-    found = {(group.attention, group.dim, group.length, group.pairs): group.text for group in groups}
+    rows = sorted({(g.dim, *_place((g.attention, g.change)), g.label) for g in groups}, key=lambda row: row[:3])
+    found = {(group.label, group.dim, group.length, group.pairs): group.text for group in groups}
     lines = [
         "| width | attention | " + " | ".join(f"{length:,} ({pairs} pairs)" for length, pairs in tasks) + " |",
         "|---|---|" + "---|" * len(tasks),
     ]
-    for dim, _, attention in rows:
-        cells = " | ".join(found.get((attention, dim, *task), "") for task in tasks)
-        lines.append(f"| {dim} | {attention.upper()} | {cells} |")
+    for dim, *_, label in rows:
+        cells = " | ".join(found.get((label, dim, *task), "") for task in tasks)
+        lines.append(f"| {dim} | {label} | {cells} |")
     if any(group.text.endswith("*") for group in groups):
         lines += ["", "\\* stopped by its minutes, before the target and the last epoch"]
     return "\n".join(lines) + "\n"
 
 
+def _changes(groups: list[Group]) -> str:
+    """What the changes are, after a blank line; "" where there is none."""
+    made = {group.change for group in groups} - {"none"}
+    lines = [f"- {change}: {CHANGED[change]}" for change in CHANGES if change in made]
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
 def _speeds(results: list[dict[str, Any]]) -> str:
     """Speeds by length and width, after a blank line; "" where no cell says."""
-    cells = [result | {"attention": result["config"]["attention"]} for result in results]
+    cells = [result | {"variant": label_of(*_compared(result))} for result in results]
     ordered = sorted(cells, key=lambda cell: (cell["config"]["length"], cell["config"]["dim"]))
+    labels = [label_of(attention, change) for attention in VARIANTS for change in CHANGES]
     table = speed_table(
         ordered,
         lambda cell: f"{cell['config']['length']:,} tokens, width {cell['config']['dim']}",
-        {variant: variant.upper() for variant in VARIANTS},
+        {label: label for label in labels},
     )
     return f"\n{table}" if table else ""
 
 
-def plot(groups: list[Group], path: Path) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against width; against steps where anything is changed in `dma`."""
+    groups = group_results(iter(results))
+    if any(group.change != "none" for group in groups):
+        _plot_changes(results, path)
+    else:
+        _plot_widths(groups, path)
+
+
+def _plot_changes(results: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each task and width, a colour for each label, a line for each seed; dotted where it had stopped."""
+    panels = collections.defaultdict(list)
+    for result in results:
+        config = result["config"]
+        panels[config["length"], config["pairs"], config["dim"]].append(result)
+    labels = [label_of(*key) for key in sorted({_compared(result) for result in results}, key=_place)]
+    colours = dict(zip(labels, colormaps["tab20"](np.linspace(0, 1, 20)[np.arange(len(labels)) % 20]), strict=True))
+    last = max(result["steps"] for result in results)
+    figure = Figure(figsize=(5.5 * len(panels) + 2.5, 4.4), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, ((length, pairs, dim), own) in zip(grid, sorted(panels.items()), strict=True):
+        for result in sorted(own, key=lambda result: _place(_compared(result))):
+            label = label_of(*_compared(result))
+            steps, accuracy = zip(*((row["step"], row["accuracy"]) for row in result["history"]), strict=True)
+            axes.plot(steps, accuracy, color=colours[label], linewidth=1.8, label=label)
+            axes.plot([steps[-1], last], [accuracy[-1]] * 2, color=colours[label], linewidth=0.8, linestyle=":")
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title(f"{length:,} tokens, {pairs} pairs, width {dim}", loc="left", color=INK, fontsize=11)
+        axes.set_xlabel("step")
+        axes.grid(True, color="#e6e9ef", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_ylabel("accuracy on unseen examples")
+    drawn = dict(pair[::-1] for axes in grid for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", frameon=False)
+    save_figure(figure, path, dpi=140)
+
+
+def _place(compared: tuple[AttentionKind, Change]) -> tuple[int, int]:
+    """Where an attention and its change stand in tables and figures."""
+    attention, change = compared
+    return VARIANTS.index(attention), CHANGES.index(change)
+
+
+def _plot_widths(groups: list[Group], path: Path) -> None:
     tasks = sorted({(group.length, group.pairs) for group in groups})
     figure = Figure(figsize=(3.6 * len(tasks) + 1.2, 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
