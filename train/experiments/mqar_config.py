@@ -13,18 +13,16 @@ from train.experiments.ablation_config import MARGIN, MEANINGS
 from train.experiments.variants import VARIANTS
 
 TOKENS_PER_STEP = 65_536
-GATE_RATES = {"slow_gate": 0.1, "fast_gate": 10.0}
 
 Change = Literal[
     "none", "earlier_ties", "linear_gate", "hidden_gate", "slow_gate", "fast_gate", "margin", "half_recent", "all_keys"
 ]
 CHANGES: tuple[Change, ...] = get_args(Change)
-CHANGED: dict[Change, str] = {
-    "none": MEANINGS["dma"],
+GATE_RATES: dict[Change, float] = {"slow_gate": 0.1, "fast_gate": 10.0}
+MEANING_OF_CHANGES: dict[Change, str] = {
     **{name: MEANINGS[name] for name in CHANGES if name in MEANINGS},
-    **{name: f"the gate's two parameters learn at {rate:g} times the rate" for name, rate in GATE_RATES.items()},  # type: ignore[misc]
+    **{name: f"the gate's two parameters learn at {rate:g} times the rate" for name, rate in GATE_RATES.items()},
 }
-"""What each change of `dma` is, in the order of CHANGES."""
 
 
 @dataclass(frozen=True)

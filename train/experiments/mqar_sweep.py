@@ -18,7 +18,7 @@ from train.errors import ConfigError
 from train.experiments.cells import train_missing
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_cell import read_result, train_cell
-from train.experiments.mqar_config import CHANGED, CHANGES, Change, MQARConfig, MQARSweep
+from train.experiments.mqar_config import CHANGES, MEANING_OF_CHANGES, Change, MQARConfig, MQARSweep
 from train.experiments.results import read_results, write_json, write_text
 from train.experiments.speed import speed_table
 from train.experiments.variants import COLOURS, VARIANTS
@@ -137,7 +137,7 @@ def _table(groups: list[Group]) -> str:
 def _changes(groups: list[Group]) -> str:
     """What the changes are, after a blank line; "" where there is none."""
     made = {group.change for group in groups} - {"none"}
-    lines = [f"- {change}: {CHANGED[change]}" for change in CHANGES if change in made]
+    lines = [f"- {change}: {MEANING_OF_CHANGES[change]}" for change in CHANGES if change in made]
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
