@@ -99,7 +99,7 @@ def claims_table(records: Mapping[str, claims.Records]) -> str:
 
 
 def recall(name: str, results: list[dict[str, Any]], figures: Path) -> str:
-    """Accuracy and speed by cell, which cells there are and how they ended."""
+    """Accuracy and speed by cell, which cells there are and how they ended; masks over training of the first seed."""
     mqar_sweep.plot(results, figures / f"{name}.png")
     seeds = sorted({result["config"]["seed"] for result in results})
     stops = collections.Counter(result["stopped"] for result in results)
@@ -114,7 +114,7 @@ def recall(name: str, results: list[dict[str, Any]], figures: Path) -> str:
         f"Windows of {windows} keys, margin in δ {margins}."
     )
     parts = [f"{said}\n", mqar_sweep.tables(results), _picture(name, "Accuracy by cell")]
-    for result in (result for result in results if "film" in result):
+    for result in (result for result in results if "film" in result and result["config"]["seed"] == seeds[0]):
         plot_film(result, figures / f"{name}_{result['name']}.png")
         parts.append(_picture(f"{name}_{result['name']}", "Masks over training"))
     return "\n".join(parts)
