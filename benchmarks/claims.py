@@ -59,8 +59,8 @@ def _recall_claim(found: Mapping[tuple[Any, str], list[dict[str, Any]]], rival: 
     better = sum(own - other > SAME_ACCURACY for own, other in accuracy)
     worse = sum(other - own > SAME_ACCURACY for own, other in accuracy)
     same = len(ended) - better - worse
-    shortened = [[r for results in pair for r in results if r["stopped"] == "steps"] for pair in ended]
-    shortened = [results for results in shortened if results]
+    by_steps = ([r for results in pair for r in results if r["stopped"] == "steps"] for pair in ended)
+    shortened = [results for results in by_steps if results]
     parts = []
     if ended:
         parts.append(f"better in {better}, within {SAME_ACCURACY} in {same}, worse in {worse} of {len(ended)} cells")

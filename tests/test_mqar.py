@@ -23,9 +23,9 @@ from train.experiments.deadline import Deadline
 from train.experiments.mqar_cell import train_cell
 from train.experiments.mqar_config import CHANGES, GATE_RATES, MQARConfig, MQARSweep, resolve
 from train.experiments.mqar_data import Examples, make_examples
-from train.experiments.mqar_model import RecallModel, lifetimes_of
+from train.experiments.mqar_model import RecallModel
 from train.experiments.mqar_plots import MOST_SNAPSHOTS, GateHistory, film_of
-from train.experiments.mqar_step import epoch_rows, gate_measures, make_programs
+from train.experiments.mqar_step import TEST_SEED, epoch_rows, gate_measures, make_programs
 from train.experiments.mqar_sweep import report, run_sweep
 from train.metrics_file import read_metrics
 from train.run_directory import RunDirectory
@@ -169,7 +169,7 @@ def test_a_gate_may_learn_at_another_rate(change):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [name for name in CHANGES if name not in GATE_RATES])
-def test_every_change_learns_and_draws_its_own_masks(change):
+def test_every_change_learns_and_draws_its_own_masks(change, tmp_path):
     config = resolve(dataclasses.replace(TINY, num_layers=1, change=change))
     assert config.window == (22 if change == "all_keys" else 7)
     assert (config.gate_step > 0) == (change == "margin")
@@ -177,12 +177,16 @@ def test_every_change_learns_and_draws_its_own_masks(change):
     state, metrics = programs.train(programs.initial())
     assert np.isfinite(metrics["loss"]).all()
     assert int(state.bad_steps) == 0
-    gates = programs.skeleton.merge(state.params).gates(jnp.asarray(examples(config, 3).tokens))[0]
-    layer = programs.skeleton.merge(state.params).blocks[0].attention
+    model = programs.skeleton.merge(state.params)
+    layer = model.blocks[0].attention
     assert isinstance(layer, LAYERS.get(change, nn.DynamicMaskAttention))
     assert layer.gate.activation == ("linear" if change == "linear_gate" else "exp")
-    np.testing.assert_array_equal(lifetimes_of(config, gates[..., 0]), layer.lifetimes(gates)[..., 0])
     expiry = np.asarray(programs.look(state.params)["expiry"])
+    gates = model.gates(jnp.asarray(examples(config, 5, TEST_SEED).tokens))[0]
+    np.testing.assert_array_equal(expiry[0], layer.lifetimes(gates)[0, :, 0])
+    history = GateHistory(tmp_path / "gates.npz", until=0)
+    history.add(3, np.asarray(gates[:1, :, 0]))
+    assert film_of(history, config, model)["expiry"] == [[" ".join(map(str, expiry[0]))]]
     if change == "all_keys":
         assert (expiry == 22).all()
     if change == "half_recent":
@@ -265,7 +269,8 @@ def test_gate_history_stays_small_and_forgets_what_runs_again(tmp_path):
     history.save()
     assert len(history.steps) <= MOST_SNAPSHOTS
     assert set(np.diff(history.steps)) == {4}
-    film = film_of(history, resolve(dataclasses.replace(TINY, length=4, pairs=1, window=2)))
+    config = resolve(dataclasses.replace(TINY, length=4, pairs=1, window=2))
+    film = film_of(history, config, RecallModel(config, rngs=nnx.Rngs(0)))
     assert len(film["steps"]) == 6
     assert film["steps"][0] == 1
     # Equal gates: the last two keys.

@@ -118,10 +118,17 @@ def changes_of(ablation: AblationName, model: DogeConfig, length: int) -> Mappin
     spread = tuple(half + round(index * 2 * half / max(heads - 1, 1)) for index in range(heads))
     changes: dict[str, dict[str, Any]] = {
         "swa": {"attention": "swa"},
-        "linear_gate": {"gate_activation": "linear"},
         "windows": {"window": spread},
-        "margin": {"gate_step": MARGIN},
-        "all_keys": {"window": length},
         "mha": {"attention": "mha"},
     }
-    return changes.get(ablation, {})
+    return changes.get(ablation, gate_changes(ablation, length))
+
+
+def gate_changes(name: str, length: int) -> Mapping[str, Any]:
+    """The fields of dynamic-mask attention that an ablation changes, whatever the model, for rows of `length`."""
+    changes: dict[str, dict[str, Any]] = {
+        "linear_gate": {"gate_activation": "linear"},
+        "margin": {"gate_step": MARGIN},
+        "all_keys": {"window": length},
+    }
+    return changes.get(name, {})

@@ -237,7 +237,7 @@ class _Session:
             **origin(),
         }
         if self.history.steps:
-            result["film"] = film_of(self.history, config)
+            result["film"] = film_of(self.history, config, self.programs.skeleton.merge(self.state.params))
             plot_film(result, self.directory.plots / "film.png")
         write_json(self.directory.path / RESULT, result)
         # A finished cell is never continued, and its checkpoint is the largest of its files.

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from dmattn_jax.models.config import AttentionKind
+from dmattn_jax.models.config import AttentionKind, GateActivation
 from train.errors import ConfigError
-from train.experiments.ablation_config import MARGIN, MEANINGS
+from train.experiments.ablation_config import MEANINGS, gate_changes
 from train.experiments.variants import VARIANTS
 
 TOKENS_PER_STEP = 65_536
@@ -46,7 +46,9 @@ class MQARConfig:
     """Keys a query sees (`dma`, `swa`), recent keys of `nsa`; None: 512, and length / 2 where that is less."""
     change: Change = "none"
     """One thing that is not as published in `dma`: those of `dmattn ablation`, and a gate that learns at a tenth of the
-    rate or at ten times of it. `margin` sets gate-step, `all_keys` the window."""
+    rate or at ten times of it. `margin` sets gate-step, `linear_gate` gate-activation, `all_keys` the window."""
+    gate_activation: GateActivation = "exp"
+    """`linear` leaves out the exponential of δ (`dma`)."""
     gate_step: float = 0.0
     """Margin in δ by which an older key must beat a later one (`dma`); 0 is the paper."""
     num_layers: int = 2
@@ -144,10 +146,7 @@ def resolve(config: MQARConfig) -> MQARConfig:
     config = dataclasses.replace(
         config, **{name: value for name, value in filled.items() if getattr(config, name) is None}
     )
-    if config.change == "margin":
-        config = dataclasses.replace(config, gate_step=MARGIN)
-    elif config.change == "all_keys":
-        config = dataclasses.replace(config, window=config.length)
+    config = dataclasses.replace(config, **gate_changes(config.change, config.length))
     for name in ("pairs", "vocab_size", "window", "batch_size"):
         _at_least_one(config, name)
     assert config.pairs is not None

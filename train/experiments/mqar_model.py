@@ -10,10 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from dmattn_jax import nn
-from dmattn_jax.documents import document_bounds
 from dmattn_jax.partitioning import normal
-from dmattn_jax.selection import select_keys
-from train.experiments.ablation_layers import LAYERS, half_recent
+from train.experiments.ablation_layers import LAYERS
 from train.experiments.mqar_config import MQARConfig
 
 
@@ -73,6 +71,10 @@ class RecallModel(nnx.Module):
             x = block(x)
         return jnp.stack(gates)
 
+    def lifetimes(self, gates: Float[Array, "B L K"]) -> Int32[Array, "B L K"]:
+        """The masks that one layer's `gates` make; all layers make them alike."""
+        return self.blocks[0].attention.lifetimes(gates)
+
     def _embed(self, tokens: jax.Array) -> jax.Array:
         return self.embedding[...][tokens] + self.position[...][: tokens.shape[1]]
 
@@ -97,13 +99,10 @@ def _attention(config: MQARConfig, rngs: nnx.Rngs) -> Any:
     if config.attention == "nsa":
         return nn.NativeSparseAttention(*shape, latent_dim=dim // 4, window=config.window, **common)
     layer = LAYERS.get(config.change, nn.DynamicMaskAttention)
-    activation: Any = "linear" if config.change == "linear_gate" else "exp"
-    return layer(*shape, window=config.window, gate_step=config.gate_step, gate_activation=activation, **common)
-
-
-def lifetimes_of(config: MQARConfig, gates: Float[Array, "n L"]) -> Int32[Array, "n L"]:
-    """The masks that rows of a `dma` model's `gates` make: of every key the first position that no longer sees it."""
-    assert config.window is not None
-    if config.change == "half_recent":
-        return half_recent(gates[:, None], (config.window,), document_bounds(None, *gates.shape))[:, 0]
-    return select_keys(gates[..., None], config.window)[..., 0]
+    return layer(
+        *shape,
+        window=config.window,
+        gate_step=config.gate_step,
+        gate_activation=config.gate_activation,
+        **common,
+    )

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from train.experiments.mqar_config import MQARConfig
-from train.experiments.mqar_model import lifetimes_of
+from train.experiments.mqar_model import RecallModel
 from train.metrics_file import read_metrics
 from train.plots import CHOSEN, INK, RECENT, plot_mask_film, plot_masks, save_figure, spread
 
@@ -99,8 +99,8 @@ def _every(stride: int) -> str:
     return "" if stride == 1 else f", every {stride}th position"
 
 
-def film_of(history: GateHistory, config: MQARConfig) -> dict[str, Any]:
-    """The masks of one test example at up to 6 moments of the training, as JSON.
+def film_of(history: GateHistory, config: MQARConfig, model: RecallModel) -> dict[str, Any]:
+    """The masks that `model` makes of one test example's gates at up to 6 moments of the training, as JSON.
 
     steps; stride: only every stride-th position is kept; window, in such positions; expiry [moments][layers], lifetimes
     joined by spaces.
@@ -108,7 +108,7 @@ def film_of(history: GateHistory, config: MQARConfig) -> dict[str, Any]:
     assert config.window is not None
     moments = spread(len(history.steps), MOST_MOMENTS)
     gates = jnp.asarray(np.stack([history.gates[number] for number in moments]))
-    expiry = np.asarray(lifetimes_of(config, gates.reshape(-1, config.length))).reshape(gates.shape)
+    expiry = np.asarray(model.lifetimes(gates.reshape(-1, config.length, 1))).reshape(gates.shape)
     sampled, window, stride = _sampled(expiry, config.window, MOST_FILMED)
     return {
         "steps": [history.steps[number] for number in moments],

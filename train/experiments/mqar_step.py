@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from train.config import OptimizerConfig
 from train.experiments.mqar_config import GATE_RATES, MQARConfig
 from train.experiments.mqar_data import Examples, make_examples
-from train.experiments.mqar_model import RecallModel, lifetimes_of
+from train.experiments.mqar_model import RecallModel
 from train.optimizer import make_optimizer, make_schedule
 from train.parameters import Skeleton, skeleton_of
 from train.step import Params, TrainState, apply_gradients, make_state
@@ -138,8 +138,8 @@ def gate_measures(config: MQARConfig, model: RecallModel, examples: Examples) ->
     assert config.window is not None
     window = config.window
     gates = model.gates(examples.tokens)
+    expiry = jax.lax.map(model.lifetimes, gates)[..., 0]
     gates = gates[..., 0]
-    expiry = jax.lax.map(lambda gate: lifetimes_of(config, gate), gates)
     pairs = examples.position.shape[1]
     key = 2 * jnp.arange(pairs)
 

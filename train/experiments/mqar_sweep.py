@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -64,7 +65,7 @@ class Group:
     @property
     def label(self) -> str:
         """What is compared: the attention, and what is not as published in it."""
-        return label_of(self.attention, self.change)
+        return _label(self.attention, self.change)
 
     @property
     def text(self) -> str:
@@ -92,7 +93,7 @@ def _compared(result: dict[str, Any]) -> tuple[AttentionKind, Change]:
     return result["config"]["attention"], result["config"].get("change", "none")
 
 
-def label_of(attention: str, change: Change) -> str:
+def _label(attention: str, change: Change) -> str:
     """What a table calls them."""
     name = attention.upper()
     return name if change == "none" else f"{name}, {change}"
@@ -120,7 +121,7 @@ def tables(results: list[dict[str, Any]]) -> str:
 def _table(groups: list[Group]) -> str:
     """Accuracy as Markdown: widths and variants by lengths."""
     tasks = sorted({(group.length, group.pairs) for group in groups})
-    rows = sorted({(g.dim, *_place((g.attention, g.change)), g.label) for g in groups}, key=lambda row: row[:3])
+    rows = sorted({(g.dim, *_place(g.attention, g.change), g.label) for g in groups}, key=lambda row: row[:3])
     found = {(group.label, group.dim, group.length, group.pairs): group.text for group in groups}
     lines = [
         "| width | attention | " + " | ".join(f"{length:,} ({pairs} pairs)" for length, pairs in tasks) + " |",
@@ -143,9 +144,9 @@ def _changes(groups: list[Group]) -> str:
 
 def _speeds(results: list[dict[str, Any]]) -> str:
     """Speeds by length and width, after a blank line; "" where no cell says."""
-    cells = [result | {"variant": label_of(*_compared(result))} for result in results]
+    cells = [result | {"variant": _label(*_compared(result))} for result in results]
     ordered = sorted(cells, key=lambda cell: (cell["config"]["length"], cell["config"]["dim"]))
-    labels = [label_of(attention, change) for attention in VARIANTS for change in CHANGES]
+    labels = [_label(attention, change) for attention in VARIANTS for change in CHANGES]
     table = speed_table(
         ordered,
         lambda cell: f"{cell['config']['length']:,} tokens, width {cell['config']['dim']}",
@@ -156,11 +157,10 @@ def _speeds(results: list[dict[str, Any]]) -> str:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against width; against steps where anything is changed in `dma`."""
-    groups = group_results(iter(results))
-    if any(group.change != "none" for group in groups):
+    if any(change != "none" for _, change in map(_compared, results)):
         _plot_changes(results, path)
     else:
-        _plot_widths(groups, path)
+        _plot_widths(group_results(iter(results)), path)
 
 
 def _plot_changes(results: list[dict[str, Any]], path: Path) -> None:
@@ -169,32 +169,41 @@ def _plot_changes(results: list[dict[str, Any]], path: Path) -> None:
     for result in results:
         config = result["config"]
         panels[config["length"], config["pairs"], config["dim"]].append(result)
-    labels = [label_of(*key) for key in sorted({_compared(result) for result in results}, key=_place)]
+    labels = [_label(*key) for key in sorted({*map(_compared, results)}, key=lambda both: _place(*both))]
     colours = dict(zip(labels, colormaps["tab20"](np.linspace(0, 1, 20)[np.arange(len(labels)) % 20]), strict=True))
     last = max(result["steps"] for result in results)
     figure = Figure(figsize=(5.5 * len(panels) + 2.5, 4.4), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, ((length, pairs, dim), own) in zip(grid, sorted(panels.items()), strict=True):
-        for result in sorted(own, key=lambda result: _place(_compared(result))):
-            label = label_of(*_compared(result))
+        for result in sorted(own, key=lambda result: _place(*_compared(result))):
+            label = _label(*_compared(result))
             steps, accuracy = zip(*((row["step"], row["accuracy"]) for row in result["history"]), strict=True)
             axes.plot(steps, accuracy, color=colours[label], linewidth=1.8, label=label)
             axes.plot([steps[-1], last], [accuracy[-1]] * 2, color=colours[label], linewidth=0.8, linestyle=":")
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_title(f"{length:,} tokens, {pairs} pairs, width {dim}", loc="left", color=INK, fontsize=11)
-        axes.set_xlabel("step")
-        axes.grid(True, color="#e6e9ef", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0].set_ylabel("accuracy on unseen examples")
-    drawn = dict(pair[::-1] for axes in grid for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+        _dress(axes, f"{length:,} tokens, {pairs} pairs, width {dim}", "step")
+    drawn = _name(grid)
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", frameon=False)
     save_figure(figure, path, dpi=140)
 
 
-def _place(compared: tuple[AttentionKind, Change]) -> tuple[int, int]:
-    """Where an attention and its change stand in tables and figures."""
-    attention, change = compared
+def _place(attention: AttentionKind, change: Change) -> tuple[int, int]:
+    """Where they stand in tables and figures."""
     return VARIANTS.index(attention), CHANGES.index(change)
+
+
+def _dress(axes: Axes, title: str, across: str) -> None:
+    """A panel of accuracies."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.set_xlabel(across)
+    axes.grid(True, color="#e6e9ef", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name(panels: Sequence[Axes]) -> dict[str, Any]:
+    """Names the first panel's axis; what the legend of all panels says, each label once."""
+    panels[0].set_ylabel("accuracy on unseen examples")
+    return dict(pair[::-1] for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True))
 
 
 def _plot_widths(groups: list[Group], path: Path) -> None:
@@ -218,13 +227,8 @@ def _plot_widths(groups: list[Group], path: Path) -> None:
         ticks = sorted({group.dim for group in groups})
         axes.set_xticks(ticks, [str(dim) for dim in ticks])
         axes.minorticks_off()
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_title(f"{task[0]:,} tokens, {task[1]} pairs", loc="left", color=INK, fontsize=11)
-        axes.set_xlabel("model width")
-        axes.grid(True, color="#e6e9ef", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy on unseen examples")
-    drawn = dict(pair[::-1] for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+        _dress(axes, f"{task[0]:,} tokens, {task[1]} pairs", "model width")
+    drawn = _name(panels)
     if any("time" in group.stopped for group in groups):
         hollow = Line2D([], [], color="white", marker="o", markeredgecolor=INK, linewidth=0)
         drawn["stopped by its minutes"] = hollow
