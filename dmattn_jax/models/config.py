@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dmattn_jax.models.field_checks import at_least, check_decoder, one_of
+from dmattn_jax.nn.gate import GateActivation
 from dmattn_jax.nn.native_sparse import check_blocks
 
 AttentionKind = Literal["dma", "mha", "swa", "mla", "nsa"]
-GateActivation = Literal["exp", "linear"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,33 @@ def block_attention(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]:
     """The compressed and the selected branch of native sparse attention (`NativeSparseAttention` has the equations).
 
-    Memory is that of one chunk of queries against all keys; the backward pass computes each chunk again.
+    Memory is that of one chunk of queries against all keys; the backward pass computes each chunk again, whatever a
+    `jax.checkpoint` around it would keep.
     """
+
+    def run(queries: BlockQueries, context: BlockContext) -> tuple[jax.Array, jax.Array]:
+        return _in_chunks(queries, context, compression_block, selection_block, selected_blocks)
+
+    # A policy that keeps products would keep the logits, T×S, were it to look into the chunks: it sees this instead.
+    attention = jax.custom_vjp(run)
+
+    def forward(*inputs: Any) -> tuple[Any, Any]:
+        # Masks depend on positions alone: untied from the layer's input, those of all chunks would be made ahead of it.
+        inputs = jax.lax.optimization_barrier(inputs)
+        return run(*inputs), inputs
+
+    attention.defvjp(forward, lambda inputs, gradient: jax.vjp(run, *inputs)[1](gradient))
+    return attention(queries, context)
+
+
+def _in_chunks(
+    queries: BlockQueries,
+    context: BlockContext,
+    compression_block: int,
+    selection_block: int,
+    selected_blocks: int,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]:
+    """`block_attention` and, differentiated, its backward pass: a loop over chunks of queries."""
     batch, length, heads, head_dim = queries.raw.shape
     slots = context.key.shape[1]
     size = max(1, min(length, CHUNK_ELEMENTS // (batch * heads * slots)))

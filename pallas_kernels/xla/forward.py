@@ -22,6 +22,10 @@ def forward(
     blocks: BlockSizes,
 ) -> tuple[Float[Array, "B T H D"], Normalizer]:
     """`contract.Forward`; the algorithm is FlashAttention's (arXiv 2205.14135) over gathered keys."""
+    # Lifetimes and a bias that do not depend on the input (a window's) are known before any layer runs. Tied to the
+    # query they stay where they are; else the differentiation of a loop over checkpointed layers would compute the
+    # masks of all tiles ahead of the loop, and keep them: T×S in all.
+    query, bias, intervals = jax.lax.optimization_barrier((query, bias, intervals))
     batch, queries, heads, dim = query.shape
     keys, kv_heads = key.shape[1:3]
     group = heads // kv_heads

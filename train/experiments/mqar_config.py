@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from dmattn_jax.models.config import AttentionKind, GateActivation
+from dmattn_jax.models.config import AttentionKind
+from dmattn_jax.nn.gate import GateActivation
 from train.errors import ConfigError
 from train.experiments.ablation_config import MEANINGS, gate_changes
 from train.experiments.variants import VARIANTS
