@@ -179,7 +179,8 @@ def train_step(name: str, content: dict[str, Any], figures: Path) -> str:
         lines.append(
             f"| {row['preset']} | {row['attention']} | {row['sequences']} × {row['length']:,} | {shown} | {mfu} |"
         )
-    parts = [f"On {content['device']}.\n", "\n".join(lines), ""]
+    note = f" {content['note']}" if content.get("note") else ""
+    parts = [f"On {content['device']}.{note}\n", "\n".join(lines), ""]
     profiled = [row for row in content["rows"] if row.get("breakdown")]
     if profiled:
         parts += [

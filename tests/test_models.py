@@ -177,6 +177,29 @@ def test_prefill_and_decoding_at_every_split_is_the_whole_forward(attention, exp
             np.testing.assert_array_equal(jnp.sort(after.position), jnp.sort(final.position))
 
 
+@pytest.mark.parametrize("attention", ["dma", "swa", "mha"])
+def test_half_precision_decoding_in_one_program_is_the_whole_forward(attention):
+    """Sizes for which a device has its own step of decoding, which reads a layer's part of the cache in a loop."""
+    length, split = 170, 150
+    model = make(attention=attention, hidden_size=64, head_dim=64, window=128, dtype="bfloat16")
+    ids = jax.random.randint(jax.random.key(0), (B, length), 0, V)
+    whole = np.asarray(logits_of(model, ids), np.float32)
+
+    @nnx.jit
+    def in_steps(model, ids):
+        def step(cache, token):
+            hidden, cache = model.decode(token[:, None], cache)
+            return cache, model.logits(hidden[:, 0])
+
+        hidden, cache = model.decode(ids[:, :split], model.init_cache(B, length))
+        logits = jax.lax.scan(step, cache, ids[:, split:].T)[1]
+        return jnp.concatenate([model.logits(hidden), jnp.moveaxis(logits, 0, 1)], axis=1)
+
+    error = np.sqrt(np.mean(np.square(np.asarray(in_steps(model, ids), np.float32) - whole), axis=(0, 2)))
+    scale = np.sqrt(np.mean(np.square(whole)))
+    assert error.max() <= 2e-2 * scale
+
+
 def check_visible(model, ids, states) -> None:
     """The cached positions before step i are what query i − 1 of the whole forward sees, in every layer."""
     if model.config.attention == "dma":

@@ -201,6 +201,11 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
     def entry(*refs):
         pl.run_scoped(lambda *allocated: body(refs, allocated), *scratch)
 
+    # XLA takes slices (of a model's cache, say), and the places where results go in turn, into one fusion with the
+    # kernel; inside of it nothing knows that the kernel changes an operand in place, and it would read keys that nobody
+    # has written. Behind these barriers none of its arrays is a slice.
+    operands = (grouped, key.astype(dtype), value.astype(dtype), gate, rank, position, *limits)
+    operands, slots = jax.lax.optimization_barrier((operands, slots))
     keys, values = jax.new_ref(slots.keys), jax.new_ref(slots.values)
     out, stats, gate_after, place_after = run(
         entry,
@@ -211,16 +216,14 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
             jax.ShapeDtypeStruct(slots.position.shape, jnp.int32),
         ],
         {"part": parts, "head": kv_heads, "row": batch},
-    )(
-        grouped, key.astype(dtype), value.astype(dtype), gate, rank, position, *limits, slots.gate, slots.position,
-        keys, values,
-    )  # fmt: skip
+    )(*operands, slots.gate, slots.position, keys, values)
+    kept = Slots(jax.freeze(keys), jax.freeze(values), gate_after, place_after)
+    out, stats, after = jax.lax.optimization_barrier((out, stats, kept))
     shift, total = stats[:, :, :, 0, :group], stats[:, :, :, 1, :group]
     share = jnp.exp2(shift - shift.max(axis=2, keepdims=True))
     total = (share * total).sum(axis=2)
     weighted = (share[..., None] * out[:, :, :, :group]).sum(axis=2)
     result = weighted / jnp.where(total == 0, 1, total)[..., None]
-    after = Slots(jax.freeze(keys), jax.freeze(values), gate_after, place_after)
     return result.reshape(batch, heads, dim).astype(query.dtype), after
 
 

@@ -147,7 +147,7 @@ def describe_fit(fit: Fit) -> dict[str, Any]:
 
 
 def seed_spread(results: Sequence[Mapping[str, Any]]) -> float | None:
-    """Standard deviation of the loss over seeds of one size and variant, pooled over all that have several."""
+    """Standard deviation of the loss over runs of one size and variant, pooled over all that have several."""
     groups = collections.defaultdict(list)
     for result in results:
         groups[result["size"], result["attention"]].append(result["validation_loss"])
@@ -163,16 +163,22 @@ def table(results: Sequence[Mapping[str, Any]], fit: Fit | None, diverged: Seque
     losses = collections.defaultdict(list)
     for result in results:
         losses[result["size"], result["attention"]].append(result["validation_loss"])
-    lines = ["| size | " + " | ".join(variant.upper() for variant in variants) + " | widest gap |"]
-    lines.append("|---|" + "---|" * (len(variants) + 1))
+    lines = ["| size | " + " | ".join(variant.upper() for variant in variants) + " | widest gap | over runs |"]
+    lines.append("|---|" + "---|" * (len(variants) + 2))
     for size, parameters in sizes.items():
         means = {v: float(np.mean(losses[size, v])) for v in variants if losses[size, v]}
         cells = [f"{means[v]:.4f} ({len(losses[size, v])})" if v in means else "" for v in variants]
         gap = f"{max(means.values()) - min(means.values()):.4f}" if len(means) > 1 else ""
-        lines.append(f"| {size} ({parameters / 1e6:.1f}M) | " + " | ".join(cells) + f" | {gap} |")
+        spread = seed_spread([result for result in results if result["size"] == size])
+        cells += [gap, "" if spread is None else f"{spread:.4f}"]
+        lines.append(f"| {size} ({parameters / 1e6:.1f}M) | " + " | ".join(cells) + " |")
     spread = seed_spread(results)
-    said = "no size has two seeds" if spread is None else f"the standard deviation over seeds is {spread:.4f}"
-    lines += ["", f"Validation loss in nats, mean over (runs); {said}.", ""]
+    said = "no size has two seeds" if spread is None else f"{spread:.4f} over all sizes"
+    lines += [
+        "",
+        f"Validation loss in nats, mean over (runs); standard deviation over runs of one variant: {said}.",
+        "",
+    ]
     if diverged:
         names = ", ".join(run["name"] for run in diverged)
         lines += [f"Diverged, and in no mean or fit ({len(diverged)} runs): {names}.", ""]
