@@ -251,7 +251,11 @@ def test_native_sparse_starts_as_mostly_a_sliding_window():
 
 
 @pytest.mark.slow
-def test_native_sparse_in_chunks_is_native_sparse_at_once(monkeypatch):
+@pytest.mark.parametrize(
+    "cut", [{"CHUNK_ELEMENTS": 7 * B * H * T}, {"SHORTEST_PART": 9}, {"SHORTEST_PART": 2, "PARTS": T // 2}]
+)
+def test_native_sparse_in_pieces_is_native_sparse_at_once(monkeypatch, cut):
+    """In the last case pieces are shorter than a block of either kind."""
     layer, x = make("nsa"), jnp.asarray(inputs())
 
     def total(layer, x):
@@ -259,9 +263,10 @@ def test_native_sparse_in_chunks_is_native_sparse_at_once(monkeypatch):
         return jnp.sum(jnp.sin(out)), out
 
     whole = nnx.jit(nnx.value_and_grad(total, argnums=(0, 1), has_aux=True))(layer, x)
-    monkeypatch.setattr(block_attention, "CHUNK_ELEMENTS", 7 * B * H * T)
-    cut = nnx.jit(nnx.value_and_grad(total, argnums=(0, 1), has_aux=True))(layer, x)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+    for name, value in cut.items():
+        monkeypatch.setattr(block_attention, name, value)
+    pieces = nnx.jit(nnx.value_and_grad(total, argnums=(0, 1), has_aux=True))(layer, x)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 

@@ -13,6 +13,11 @@ from dmattn_jax.documents import Documents
 CHUNK_ELEMENTS = 2**25
 """Logits held at once: queries are cut into chunks of at most this many, over all heads and keys."""
 
+PARTS = 4
+"""Pieces of whole rows, each against the keys up to its end: 5/8 of all products, for four times the program."""
+SHORTEST_PART = 256
+"""Tokens of a piece at least."""
+
 
 class BlockQueries(NamedTuple):
     """raw, rotated: before and after the rotary embedding. slot: the query's own key; start: its document's first."""
@@ -61,15 +66,26 @@ def block_attention(
     compression_block: int,
     selection_block: int,
     selected_blocks: int,
+    whole_rows: bool,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]:
     """The compressed and the selected branch of native sparse attention (`NativeSparseAttention` has the equations).
 
+    whole_rows: query t stands in slot t, so that no key after it has to be read.
     Memory is that of one chunk of queries against all keys; the backward pass computes each chunk again, whatever a
     `jax.checkpoint` around it would keep.
     """
 
     def run(queries: BlockQueries, context: BlockContext) -> tuple[jax.Array, jax.Array]:
-        return _in_chunks(queries, context, compression_block, selection_block, selected_blocks)
+        length = queries.raw.shape[1]
+        parts = min(PARTS, max(1, length // SHORTEST_PART)) if whole_rows else 1
+        ends = [length * (part + 1) // parts for part in range(parts)]
+        branches = []
+        for first, end in zip([0, *ends], ends, strict=False):
+            seen = _up_to(context, end, compression_block, selection_block) if parts > 1 else context
+            rows = BlockQueries(*(array[:, first:end] for array in queries))
+            branches.append(_in_chunks(rows, seen, compression_block, selection_block, selected_blocks))
+        compressed, selected = (jnp.concatenate(part, axis=1) for part in zip(*branches, strict=True))
+        return compressed, selected
 
     # A policy that keeps products would keep the logits, T×S, were it to look into the chunks: it sees this instead.
     attention = jax.custom_vjp(run)
@@ -81,6 +97,19 @@ def block_attention(
 
     attention.defvjp(forward, lambda inputs, gradient: jax.vjp(run, *inputs)[1](gradient))
     return attention(queries, context)
+
+
+def _up_to(context: BlockContext, end: int, compression_block: int, selection_block: int) -> BlockContext:
+    """What queries before slot `end` can see: blocks are in order of their ends, and so many can have ended."""
+    compressed, chosen = end // compression_block, end // selection_block
+    return BlockContext(
+        context.key[:, :end],
+        context.value[:, :end],
+        context.compressed_key[:, : 1 + compressed],
+        context.compressed_value[:, : 1 + compressed],
+        context.compressed_end[:, :compressed],
+        context.selection_end[:, :chosen],
+    )
 
 
 def _in_chunks(

@@ -53,8 +53,8 @@ class NativeSparseAttention(_GroupedQueryAttention):
     g = sigmoid(x W + b), one number a head and branch; W starts at 0, b at −2, −2 and +2.
 
     Blocks are counted from the start of each document. Training memory is O(T): queries run in chunks, each against
-    a mask of blocks over all keys. That reads every key for every query, which a GPU does sooner than it gathers
-    16 blocks a query up to about 8k tokens; so time is quadratic, and decoding reads the whole cache too.
+    a mask of blocks over all keys, or those up to the end of their quarter of the row. A GPU reads them sooner than it
+    gathers 16 blocks a query, up to about 8k tokens; so time is quadratic, and decoding reads the whole cache too.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class NativeSparseAttention(_GroupedQueryAttention):
         compressed = self._compress(raw_key, value, ends)
         context = self._context(key, value, *compressed, ends, block_ends(known, batch, length, self.selection_block))
         near = attend(sliding_window_attention, query, key, value, segment_ids=segment_ids, windows=self.windows)
-        return self._mix(x, BlockQueries(raw, query, slot, documents.start), context, near)
+        return self._mix(x, BlockQueries(raw, query, slot, documents.start), context, near, whole_rows=True)
 
     def init_cache(self, batch: int, max_length: int) -> NativeSparseCache:
         if max_length < 1:
@@ -177,7 +177,8 @@ class NativeSparseAttention(_GroupedQueryAttention):
         )
         gate = jnp.zeros(key.shape[:3], jnp.float32)
         near, recent = attend_window_cache(query, key, value, gate, token, cache.recent)
-        out = self._mix(x, BlockQueries(raw, query, position, jnp.zeros_like(position)), context, near)
+        queries = BlockQueries(raw, query, position, jnp.zeros_like(position))
+        out = self._mix(x, queries, context, near, whole_rows=False)
         return jnp.where(token[..., None], out, 0), NativeSparseCache(tokens, *compressed, recent)
 
     def _compress_new(self, cache: NativeSparseCache, tokens: DenseCache, length: int) -> tuple[jax.Array, jax.Array]:
@@ -220,7 +221,9 @@ class NativeSparseAttention(_GroupedQueryAttention):
             selection_end=selection_ends,
         )
 
-    def _mix(self, x: jax.Array, queries: BlockQueries, context: BlockContext, near: jax.Array) -> jax.Array:
+    def _mix(
+        self, x: jax.Array, queries: BlockQueries, context: BlockContext, near: jax.Array, *, whole_rows: bool
+    ) -> jax.Array:
         """The three branches by their gates, and the output projection."""
         compressed, selected = block_attention(
             queries,
@@ -228,6 +231,7 @@ class NativeSparseAttention(_GroupedQueryAttention):
             compression_block=self.compression_block,
             selection_block=self.selection_block,
             selected_blocks=self.selected_blocks,
+            whole_rows=whole_rows,
         )
         weight = jnp.einsum("btm,mnh->btnh", x.astype(self.dtype), self.branch[...].astype(self.dtype))
         weight = jax.nn.sigmoid(weight.astype(jnp.float32) + self.branch_bias[...].astype(jnp.float32))
