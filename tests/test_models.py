@@ -200,6 +200,25 @@ def test_half_precision_decoding_in_one_program_is_the_whole_forward(attention):
     assert error.max() <= 2e-2 * scale
 
 
+@pytest.mark.parametrize("attention", ["dma", "swa", "mha"])
+def test_half_precision_gradients_are_those_of_single_precision(attention):
+    """Sizes for which a device has kernels of its own, which layers call in a loop, checkpointed. Gates are tied: those
+    of a trained model choose other keys where they round otherwise."""
+    length = 300
+    ids = jax.random.randint(jax.random.key(0), (B, length), 0, V)
+    segments = jnp.asarray(np.where(np.arange(length) < 131, 1, 2)[None].repeat(B, 0), jnp.int32)
+    gradients = []
+    for dtype in ("bfloat16", "float32"):
+        changes = {"attention": attention, "hidden_size": 64, "head_dim": 64, "window": 128, "dtype": dtype}
+        model = DogeForCausalLM(dataclasses.replace(SMALL, **changes), rngs=nnx.Rngs(3))
+        loss = nnx.jit(nnx.grad(lambda m: m.loss(ids, jnp.roll(ids, -1, 1), segments).loss))
+        gradients.append(jax.tree_util.tree_leaves_with_path(loss(model)))
+    for (path, half), (_, single) in zip(*gradients, strict=True):
+        half, single = np.asarray(half, np.float64), np.asarray(single, np.float64)
+        error = np.sqrt(np.mean(np.square(half - single)))
+        assert error <= 5e-2 * np.sqrt(np.mean(np.square(single))), jax.tree_util.keystr(path)
+
+
 def check_visible(model, ids, states) -> None:
     """The cached positions before step i are what query i − 1 of the whole forward sees, in every layer."""
     if model.config.attention == "dma":
