@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from train import cli
@@ -156,6 +158,20 @@ def test_generation_benchmark(generation, tmp_path):
     ]
     assert all(row["tokens_per_second"] > 0 for row in record["rows"])
     assert all(row.cache_bytes > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_generation_benchmark_refuses_wrong_steps(generation, tmp_path, monkeypatch):
+    read = generation.read_chunk
+
+    def wrong(graph, state, rows, tokens, segment_ids):
+        # Steps that forget what was read: what a kernel does that looks at the wrong memory.
+        cache = jax.tree.map(jnp.zeros_like, rows.cache) if tokens.shape[1] == 1 else rows.cache
+        return read(graph, state, rows._replace(cache=cache), tokens, segment_ids)
+
+    monkeypatch.setattr(generation, "read_chunk", wrong)
+    with pytest.raises(SystemExit, match="decoding with dma is wrong: RMS ratio"):
+        generation.main(small(generation, tmp_path / "generation.json"))
 
 
 @pytest.mark.slow
