@@ -130,8 +130,11 @@ def ladder(name: str, content: dict[str, Any], figures: Path) -> str:
         f"{len(runs)} runs on {_devices(runs)}; rows of {some['sequence_length']:,} tokens, window "
         f"{some['model']['window']:,} or the variant's equal. Text: {'; '.join(sorted({run['text'] for run in runs}))}."
     )
+    if again := [run["name"] for run in runs if run["name"].endswith("_again")]:
+        said += f" {', '.join(again)}: a seed once more."
     table = scaling.table(runs, fit, content.get("diverged", ()))
-    return f"{said}\n\n{table}\n{_picture(name, 'Loss against compute, with the fits')}"
+    alone = "Speeds of these attentions, each alone on a device: [training steps](#training-steps)."
+    return f"{said}\n\n{table}\n{alone}\n\n{_picture(name, 'Loss against compute, with the fits')}"
 
 
 def ablations(name: str, results: list[dict[str, Any]], figures: Path) -> str:
