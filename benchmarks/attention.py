@@ -125,8 +125,7 @@ def check(options: Options) -> dict[str, float]:
             continue
         out, pull = jax.vjp(attend, query, key, value, gate)
         for got, truth in zip((out, *pull(cotangent)), want, strict=True):
-            error = np.sqrt(np.mean((np.asarray(got, np.float64) - truth) ** 2) / np.mean(truth**2))
-            errors[name] = max(errors.get(name, 0.0), float(error))
+            errors[name] = max(errors.get(name, 0.0), record.rms_ratio(got, truth))
         if not errors[name] <= bar:
             raise SystemExit(f"{name} is wrong: RMS ratio {errors[name]:.2e} > {bar}")
     return errors

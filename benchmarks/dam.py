@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import tyro
 from flax import nnx
 
@@ -116,10 +115,8 @@ def check(options: Options) -> dict[str, float]:
         "dense": (exact, model),
         "dam": (apply_masks(exact, masks), apply_masks(model, masks)),
     }.items():
-        want, got = (
-            np.asarray(jax.jit(prefill, static_argnums=0)(*nnx.split(each), tokens), np.float64) for each in pair
-        )
-        errors[name] = float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
+        want, got = (jax.jit(prefill, static_argnums=0)(*nnx.split(each), tokens) for each in pair)
+        errors[name] = record.rms_ratio(got, want)
     if not errors["dam"] <= max(WORST_RATIO * errors["dense"], TINY):
         raise SystemExit(f"masked logits are wrong: RMS ratio {errors['dam']:.2e}, dense {errors['dense']:.2e}")
     return errors

@@ -143,7 +143,7 @@ def check(options: Options) -> dict[str, float]:
         if entry.unavailable() or entry.unsupported(stream[0][0], slots):
             continue
         after, got = jax.jit(ours(name, options, context))(slots, stream)
-        error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+        error = record.rms_ratio(got, want)
         order = [np.sort(np.asarray(each.position), axis=-1) for each in (after, held)]
         if not error <= BAR or not (order[0] == order[1]).all():
             raise SystemExit(f"{name} is wrong: RMS ratio {error:.2e}, equal sets: {(order[0] == order[1]).all()}")

@@ -134,9 +134,9 @@ class Bench:
             for first, end in itertools.pairwise(cuts):
                 part = tokens[:, first:end]
                 rows = read_chunk(self.graph, self.state, rows, part, jnp.ones_like(part))
-            logits.append(np.asarray(rows.logits, np.float64))
+            logits.append(rows.logits)
         whole, stepwise = logits
-        error = float(np.sqrt(np.mean((stepwise - whole) ** 2) / np.mean(whole**2)))
+        error = record.rms_ratio(stepwise, whole)
         if not error <= BAR[options.dtype]:
             raise SystemExit(f"decoding with {self.attention} is wrong: RMS ratio {error:.2e}")
         return error

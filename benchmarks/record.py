@@ -1,4 +1,4 @@
-"""How a benchmark writes down what it measured: with the command, the device and the versions."""
+"""How a benchmark writes down what it measured: with the command, the device and the versions, and what was right."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.typing import ArrayLike
 
 
 def write(output: Path | None, options: Any, rows: Sequence[dict[str, Any]], **more: Any) -> None:
@@ -29,3 +31,11 @@ def write(output: Path | None, options: Any, rows: Sequence[dict[str, Any]], **m
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def rms_ratio(got: ArrayLike, want: ArrayLike) -> float:
+    """RMS of the difference over the RMS of what is wanted, in float64; inf where anything is NaN, so that no maximum
+    of several hides it."""
+    truth = np.asarray(want, np.float64)
+    ratio = np.sqrt(np.mean((np.asarray(got, np.float64) - truth) ** 2) / np.mean(truth**2))
+    return float(ratio) if np.isfinite(ratio) else float("inf")

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from benchmarks import attention, device_clock, record
@@ -121,11 +120,7 @@ def error_of(name: str, blocks: HopperBlockSizes, options: Options) -> float:
     # The lists are of the Hopper kernels' epochs; the portable path has the same intervals without lists.
     want = jax.jit(partial(run, portable, portable.block_sizes(*shape), jnp.float32))(replace(intervals, lists=None))
     got = jax.jit(partial(run, MOSAIC_GPU, blocks, options.dtype))(intervals)
-    errors = []
-    for left, right in zip(got, want, strict=True):
-        truth = np.asarray(right, np.float64)
-        errors.append(np.sqrt(np.mean((np.asarray(left, np.float64) - truth) ** 2) / np.mean(truth**2)))
-    return float(max(errors))
+    return max(record.rms_ratio(left, right) for left, right in zip(got, want, strict=True))
 
 
 class Bench:

@@ -1,12 +1,14 @@
 """The benchmarks run at any size, and write down what they measured."""
 
 import json
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.record import rms_ratio
 from train import cli
 
 
@@ -144,6 +146,11 @@ def test_prompts_through_wrong_masks_are_not_timed(monkeypatch):
     monkeypatch.setattr(dam, "apply_masks", wrong)
     with pytest.raises(SystemExit, match="masked logits are wrong: RMS ratio"):
         dam.check(options)
+
+
+def test_nothing_hides_nan():
+    assert rms_ratio([3.0, 4.0], [0.0, 5.0]) == pytest.approx(0.4**0.5)
+    assert max(0.0, rms_ratio([math.nan, 1.0], [1.0, 1.0])) == math.inf
 
 
 @pytest.mark.slow

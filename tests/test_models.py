@@ -37,6 +37,9 @@ KINDS = [("dma", 0), ("dma", 16), ("swa", 0), ("mha", 0)]
 BASELINES = [pytest.param(kind, 0, marks=pytest.mark.slow) for kind in ("mla", "nsa")]
 SIZES = {"mla": {"head_dim": 12}, "nsa": {"compression_block": 2, "selection_block": 4, "selected_blocks": 2}}
 
+FOR_KERNELS = {"hidden_size": 64, "head_dim": 64, "window": 128}
+"""Sizes for which, in half precision, devices have kernels of their own."""
+
 
 def make(**changes) -> DogeForCausalLM:
     changes = SIZES.get(changes.get("attention", ""), {}) | changes
@@ -179,9 +182,9 @@ def test_prefill_and_decoding_at_every_split_is_the_whole_forward(attention, exp
 
 @pytest.mark.parametrize("attention", ["dma", "swa", "mha"])
 def test_half_precision_decoding_in_one_program_is_the_whole_forward(attention):
-    """Sizes for which a device has its own step of decoding, which reads a layer's part of the cache in a loop."""
+    """A device's own step of decoding reads a layer's part of the cache in a loop."""
     length, split = 170, 150
-    model = make(attention=attention, hidden_size=64, head_dim=64, window=128, dtype="bfloat16")
+    model = make(attention=attention, dtype="bfloat16", **FOR_KERNELS)
     ids = jax.random.randint(jax.random.key(0), (B, length), 0, V)
     whole = np.asarray(logits_of(model, ids), np.float32)
 
@@ -202,15 +205,15 @@ def test_half_precision_decoding_in_one_program_is_the_whole_forward(attention):
 
 @pytest.mark.parametrize("attention", ["dma", "swa", "mha"])
 def test_half_precision_gradients_are_those_of_single_precision(attention):
-    """Sizes for which a device has kernels of its own, which layers call in a loop, checkpointed. Gates are tied: those
-    of a trained model choose other keys where they round otherwise."""
+    """A device's own kernels, which layers call in a loop, checkpointed. Gates are tied: those of a trained model
+    choose other keys where they round otherwise."""
     length = 300
     ids = jax.random.randint(jax.random.key(0), (B, length), 0, V)
     segments = jnp.asarray(np.where(np.arange(length) < 131, 1, 2)[None].repeat(B, 0), jnp.int32)
     gradients = []
     for dtype in ("bfloat16", "float32"):
-        changes = {"attention": attention, "hidden_size": 64, "head_dim": 64, "window": 128, "dtype": dtype}
-        model = DogeForCausalLM(dataclasses.replace(SMALL, **changes), rngs=nnx.Rngs(3))
+        config = dataclasses.replace(SMALL, attention=attention, dtype=dtype, **FOR_KERNELS)
+        model = DogeForCausalLM(config, rngs=nnx.Rngs(3))
         loss = nnx.jit(nnx.grad(lambda m: m.loss(ids, jnp.roll(ids, -1, 1), segments).loss))
         gradients.append(jax.tree_util.tree_leaves_with_path(loss(model)))
     for (path, half), (_, single) in zip(*gradients, strict=True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,8 @@ def block_attention(
         parts = min(PARTS, max(1, length // SHORTEST_PART)) if whole_rows else 1
         ends = [length * (part + 1) // parts for part in range(parts)]
         branches = []
-        for first, end in zip([0, *ends], ends, strict=False):
-            seen = _up_to(context, end, compression_block, selection_block) if parts > 1 else context
+        for first, end in itertools.pairwise([0, *ends]):
+            seen = _up_to(context, end, compression_block, selection_block) if whole_rows else context
             rows = BlockQueries(*(array[:, first:end] for array in queries))
             branches.append(_in_chunks(rows, seen, compression_block, selection_block, selected_blocks))
         compressed, selected = (jnp.concatenate(part, axis=1) for part in zip(*branches, strict=True))
@@ -89,13 +90,9 @@ def block_attention(
 
     # A policy that keeps products would keep the logits, T×S, were it to look into the chunks: it sees this instead.
     attention = jax.custom_vjp(run)
-
-    def forward(*inputs: Any) -> tuple[Any, Any]:
-        # Masks depend on positions alone: untied from the layer's input, those of all chunks would be made ahead of it.
-        inputs = jax.lax.optimization_barrier(inputs)
-        return run(*inputs), inputs
-
-    attention.defvjp(forward, lambda inputs, gradient: jax.vjp(run, *inputs)[1](gradient))
+    attention.defvjp(
+        lambda *inputs: (run(*inputs), inputs), lambda inputs, gradient: jax.vjp(run, *inputs)[1](gradient)
+    )
     return attention(queries, context)
 
 
