@@ -114,16 +114,22 @@ def scaling_claims(records: Records) -> list[Claim]:
 
 
 def needle_claim(records: Records) -> Claim:
-    """Models that differ in their attention alone, by name: `6x512_dma_s0` and `6x512_mha_s0`."""
-    accuracy = {content["model"]: np.mean(content["accuracy"]) for content in records.values()}
-    pairs = [
-        (own, accuracy[name.replace("_dma_", "_mha_")])
-        for name, own in accuracy.items()
-        if "_dma_" in name and name.replace("_dma_", "_mha_") in accuracy
-    ]
+    """Models that differ in their attention alone, by name: `6x512_dma_s0` and `6x512_mha_s0`; at lengths both saw."""
+    accuracy = {
+        content["model"]: dict(zip(content["lengths"], np.mean(content["accuracy"], axis=1), strict=True))
+        for content in records.values()
+    }
+    pairs, asked = [], []
+    for name, own in accuracy.items():
+        rival = accuracy.get(name.replace("_dma_", "_mha_"), {})
+        if "_dma_" in name and (common := sorted(own.keys() & rival.keys())):
+            pairs.append(tuple(float(np.mean([found[length] for length in common])) for found in (own, rival)))
+            asked.append(f"{common[0]:,} to {common[-1]:,} tokens" if len(common) > 1 else f"{common[0]:,} tokens")
     better, worse = (sum(sign * (own - other) > 0 for own, other in pairs) for sign in (1, -1))
-    measured = "; ".join(f"{own:.0%} against {other:.0%} right" for own, other in pairs)
-    said = "DMA finds more needles than MHA, over all lengths (2508.02124)"
+    measured = "; ".join(
+        f"{own:.0%} against {other:.0%} right at {lengths}" for (own, other), lengths in zip(pairs, asked, strict=True)
+    )
+    said = "DMA finds more needles than MHA, over all lengths that both were asked (2508.02124)"
     verdict = verdict_of(better, len(pairs) - better - worse, worse)
     return Claim(said, measured, NOT if pairs and not better else verdict)
 

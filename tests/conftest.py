@@ -75,5 +75,12 @@ def _forget_compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def float32_products():
+    """Products of float32 that round like float32: a GPU takes TF32 where nothing is said, or not, as it finds faster."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"property tests: --hypothesis-seed={config.option.hypothesisseed}"

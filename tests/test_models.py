@@ -18,6 +18,8 @@ from dmattn_jax.models.loss import chunked_cross_entropy
 from dmattn_jax.oracle import visible_keys_oracle
 from dmattn_jax.selection import select_keys
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 V, T, B = 61, 23, 2
 SMALL = DogeConfig(
     vocab_size=V,

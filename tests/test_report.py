@@ -84,11 +84,18 @@ def test_losses_are_compared_beyond_the_spread_of_seeds(gaps, verdict):
 
 
 def test_needles_of_models_that_differ_in_attention_alone():
-    def record(model: str, accuracy: list[list[float]]) -> dict:
-        return {"model": model, "accuracy": accuracy}
+    def record(model: str, lengths: list[int], accuracy: list[list[float]]) -> dict:
+        return {"model": model, "lengths": lengths, "accuracy": accuracy}
 
-    found = {"needle_a": record("6x512_dma_s0", [[1.0, 0.5]]), "needle_b": record("6x512_mha_s0", [[0.5, 0.5]])}
-    assert claims.needle_claim(found) == (claims.needle_claim(found).said, "75% against 50% right", claims.REPRODUCED)
+    found = {
+        "needle_a": record("6x512_dma_s0", [2048, 1024, 4096], [[1.0, 0.5], [0.5, 0.0], [0.0, 0.0]]),
+        "needle_b": record("6x512_mha_s0", [1024, 2048], [[0.5, 0.0], [0.0, 0.5]]),
+    }
+    claim = claims.needle_claim(found)
+    assert claim[1:] == ("50% against 25% right at 1,024 to 2,048 tokens", claims.REPRODUCED)
+    # Models that were asked nothing in common are not compared.
+    other = found | {"needle_b": record("6x512_mha_s0", [8192], [[0.0, 0.0]])}
+    assert claims.needle_claim(other).verdict == claims.NOT_RUN
     assert claims.needle_claim({"needle_a": found["needle_a"]}).verdict == claims.NOT_RUN
 
 

@@ -11,6 +11,8 @@ from flax import nnx
 from dmattn_jax import nn
 from dmattn_jax.nn import block_attention
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 B, T, M, H, K, C = 2, 41, 19, 6, 3, 7
 D = {"mla": 12, "nsa": 10}
 BLOCK, SELECTED, COUNT, WINDOW = 3, 6, 2, (5, 3, 7)

@@ -12,7 +12,8 @@ import numpy as np
 def speed_table(
     results: Sequence[Mapping[str, Any]], row: Callable[[Mapping[str, Any]], str], columns: Mapping[str, str]
 ) -> str:
-    """Thousands of tokens per second, means over the cells of a row and column; "" where no cell says.
+    """Thousands of tokens per second, means over the cells of a row and column; "" where no cell says. Cells that
+    shared their device count only where no other was measured alone.
 
     row: the label of a cell's row; rows stand in the order of the results. columns: variant -> its heading.
     """
@@ -22,6 +23,8 @@ def speed_table(
             found[row(result), result["variant"] if "variant" in result else result["attention"]].append(result)
     if not found:
         return ""
+    for key, results in found.items():
+        found[key] = [result for result in results if result.get("sharing", 1) == 1] or results
     used = {name: heading for name, heading in columns.items() if any(name == key[1] for key in found)}
     lines = ["| thousand tokens/s | " + " | ".join(used.values()) + " |", "|---|" + "---|" * len(used)]
     for label in dict.fromkeys(key[0] for key in found):
