@@ -77,7 +77,7 @@ def _forget_compiled_programs():
 
 @pytest.fixture
 def float32_products():
-    """Products of float32 that round like float32: a GPU takes TF32 where nothing is said, or not, as it finds faster."""
+    """Products of float32 that round as float32: a GPU takes TF32 where nothing is said, if it finds that faster."""
     with jax.default_matmul_precision("highest"):
         yield
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from dmattn_jax import nn
 from dmattn_jax.nn.exact import exact_mean_square, exact_projection, exact_row_products
+from dmattn_jax.nn.linear import linear
 from dmattn_jax.nn.norms import Projection
 from dmattn_jax.oracle import visible_keys_oracle
 
@@ -243,6 +244,49 @@ def test_norms_and_values_have_the_same_bits_for_any_number_of_rows(features, dt
             project(part, weight).astype(jnp.float32), values[row, start:stop].reshape(-1, stop - start, 3, 10)
         )
         np.testing.assert_array_equal(square(part), squares[row, start:stop].reshape(-1, stop - start, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_broken_rows_and_columns_have_nan_values_and_no_others(rows):
+    random = np.random.default_rng(rows)
+    x = random.normal(size=(1, rows, 23)).astype(np.float32)
+    weight = random.normal(size=(23, 3, 4)).astype(np.float32)
+    project = jax.jit(exact_projection)
+    whole = np.asarray(project(x, weight))
+    for broken in (np.nan, np.inf, -np.inf):
+        column = weight.copy()
+        column[7, 1, 2] = broken
+        values = np.array(project(x, column))
+        assert np.isnan(values[:, :, 1, 2]).all()
+        values[:, :, 1, 2] = whole[:, :, 1, 2]
+        np.testing.assert_array_equal(values, whole)
+        row = x.copy()
+        row[0, -1, 5] = broken
+        values = np.asarray(project(row, weight))
+        assert np.isnan(values[0, -1]).all()
+        np.testing.assert_array_equal(values[0, :-1], whole[0, :-1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("tokens", [(1, 1), (1, 2), (3, 1)])
+def test_products_are_rounded_once(dtype, tokens):
+    """Of a single token too, whose terms XLA would round one by one."""
+    random = np.random.default_rng(len(tokens))
+    heads = jnp.asarray(random.normal(size=(*tokens, 7, 31)), dtype)
+    weight = jnp.asarray(random.normal(size=(7, 31, 13)), dtype)
+    products = [(linear(heads, weight, axes=2), "bthd,hdm->btm", heads, weight)]
+    products.append((linear(heads, weight[0]), "bthd,dm->bthm", heads, weight[0]))
+    for found, subscripts, left, right in products:
+        exact = np.einsum(subscripts, np.asarray(left, np.float64), np.asarray(right, np.float64))
+        assert (found.shape, found.dtype) == (exact.shape, dtype)
+        terms = np.einsum(subscripts, abs(np.asarray(left, np.float64)), abs(np.asarray(right, np.float64)))
+        rounding = jnp.finfo(dtype).eps / 2 * abs(exact) + 3e-7 * terms
+        assert (abs(np.asarray(found, np.float64) - exact) <= rounding).all()
+
+
+def test_a_single_token_in_half_precision_is_a_matrix_product():
+    lowered = jax.jit(linear).lower(jnp.ones((1, 1, 23), jnp.bfloat16), jnp.ones((23, 5), jnp.bfloat16)).as_text()
+    assert "tensor<2x1x23xbf16>, tensor<23x5xbf16>" in lowered
 
 
 def test_equal_tokens_have_equal_gates_in_any_chunk():

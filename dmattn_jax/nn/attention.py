@@ -24,6 +24,7 @@ from dmattn_jax.documents import document_bounds, document_positions
 from dmattn_jax.nn.attend import attend, attend_dense_cache, attend_window_cache
 from dmattn_jax.nn.exact import exact_projection
 from dmattn_jax.nn.gate import DynamicMaskGate, GateActivation
+from dmattn_jax.nn.linear import linear
 from dmattn_jax.nn.norms import Projection, RMSNorm, Rotation
 from dmattn_jax.nn.rope import RopeScaling, rotation, turn
 from dmattn_jax.partitioning import normal, parameter
@@ -129,8 +130,8 @@ class _GroupedQueryAttention(nnx.Module):
     def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k (normed, not yet rotated) and v."""
         x = x.astype(self.dtype)
-        query = jnp.einsum("btm,mhd->bthd", x, self.query[...].astype(self.dtype))
-        key = jnp.einsum("btm,mhd->bthd", x, self.key[...].astype(self.dtype))
+        query = linear(x, self.query[...].astype(self.dtype))
+        key = linear(x, self.key[...].astype(self.dtype))
         value = self._values(x)
         if self.bias:
             query = query + self.query_bias[...].astype(self.dtype)
@@ -151,10 +152,10 @@ class _GroupedQueryAttention(nnx.Module):
 
     def _values(self, x: jax.Array) -> jax.Array:
         value = self.value[...].astype(self.dtype)
-        return exact_projection(x, value) if self.exact_values else jnp.einsum("btm,mhd->bthd", x, value)
+        return exact_projection(x, value) if self.exact_values else linear(x, value)
 
     def _merge(self, heads: jax.Array) -> jax.Array:
-        out = jnp.einsum("bthd,hdm->btm", heads, self.out[...].astype(self.dtype))
+        out = linear(heads, self.out[...].astype(self.dtype), axes=2)
         return out + self.out_bias[...].astype(self.dtype) if self.bias else out
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -8,7 +8,7 @@ is computed from is summed here as integers, which gives the same bits for any b
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +94,8 @@ def exact_mean_square(x: Float[Array, "*n C"]) -> Float[Array, "*n 1"]:
 
     Under differentiation, where no second pass must agree, the ordinary mean: one read of x in place of three.
     """
-    scale = _power_of_two_above(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    return (exact_sum(jnp.square(x / scale)) / x.shape[-1])[..., None] * scale * scale
+    scale, inverse = _powers_of_two(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    return (exact_sum(jnp.square(x * inverse)) / x.shape[-1])[..., None] * scale * scale
 
 
 exact_mean_square.defvjp(
@@ -109,25 +109,21 @@ def exact_projection(x: Float[Array, "B T M"], weight: Float[Array, "M K D"]) ->
     """x · weight, where the bits of a row do not depend on the other rows; rounded once to x's dtype.
 
     Both are cut into slices of small integers, scaled by the row's and the column's greatest element; the products
-    of slices are ordinary matrix products that float32 holds exactly. The error is that of 22-bit operands: below
-    float32's own for long sums. Six small products in place of one, so under differentiation (training, where no
-    second pass must agree) the ordinary product is used.
+    of slices are summed as integers. The error is that of 22-bit operands: below float32's own for long sums. Six
+    small products in place of one, so under differentiation (training, where no second pass must agree) the ordinary
+    product is used.
     """
     shape = weight.shape
     columns = weight.reshape(shape[0], -1)
     x_slices, x_scale = _slices(x.astype(jnp.float32), axis=-1)
     w_slices, w_scale = _slices(columns.astype(jnp.float32), axis=0)
+    single = x.shape[0] * x.shape[1] == 1
+    products = (_products_of_one_row if single else _products)(x_slices, w_slices)
+    # From the smallest to the greatest, in this order everywhere. Scaling by a power of two is exact: no fused
+    # multiply-add can round otherwise.
     total = jnp.zeros((*x.shape[:2], columns.shape[1]), jnp.float32)
-    # From the smallest to the greatest, in this order everywhere.
-    pairs = [pair for pair in itertools.product(range(SLICES), repeat=2) if sum(pair) < SLICES]
-    for i, j in sorted(pairs, key=sum, reverse=True):
-        for start in range(0, shape[0], EXACT_TERMS):
-            part = slice(start, start + EXACT_TERMS)
-            product = jnp.einsum(
-                "btm,mc->btc", x_slices[i][..., part], w_slices[j][part], preferred_element_type=jnp.float32
-            )
-            # Scaling by a power of two is exact: no fused multiply-add can round otherwise.
-            total = total + product * 2.0 ** (-SLICE_BITS * (i + j))
+    for order in reversed(range(SLICES)):
+        total = total + products[order].astype(jnp.float32) * 2.0 ** (-SLICE_BITS * order)
     scaled = total * x_scale * w_scale
     return scaled.astype(x.dtype).reshape(*x.shape[:2], *shape[1:])
 
@@ -144,18 +140,57 @@ def _projection_backward(saved, cotangent):
 exact_projection.defvjp(_projection_forward, _projection_backward)
 
 
+def _pairs(order: int) -> list[tuple[int, int]]:
+    """The slices whose products count 2^(−8·order)."""
+    return [(i, order - i) for i in range(order + 1)]
+
+
+def _products(x_slices: list[jax.Array], w_slices: list[jax.Array]) -> list[jax.Array]:
+    """By order, the sums over M of products of slices, int32 [B, T, C]: of parts that float32 holds exactly."""
+    features, sums = w_slices[0].shape[0], []
+    for order in range(SLICES):
+        total = jnp.zeros((), jnp.int32)
+        for i, j in _pairs(order):
+            for start in range(0, features, EXACT_TERMS):
+                part = slice(start, start + EXACT_TERMS)
+                product = jnp.einsum(
+                    "btm,mc->btc", x_slices[i][..., part], w_slices[j][part], preferred_element_type=jnp.float32
+                )
+                total = total + product.astype(jnp.int32)
+        sums.append(total)
+    return sums
+
+
+def _products_of_one_row(x_slices: list[jax.Array], w_slices: list[jax.Array]) -> list[jax.Array]:
+    """The same integers by one reduction over M: a step of decoding needs one program for it in place of six."""
+    terms = []
+    for order in range(SLICES):
+        products = [x_slices[i][..., None] * w_slices[j] for i, j in _pairs(order)]
+        terms.append(functools.reduce(jnp.add, products).astype(jnp.int32))
+    zeros = (jnp.int32(0),) * SLICES
+    return list(jax.lax.reduce(tuple(terms), zeros, lambda a, b: tuple(map(jax.lax.add, a, b)), (2,)))
+
+
 def _slices(x: jax.Array, axis: int) -> tuple[list[jax.Array], jax.Array]:
-    """x ≈ scale · Σ_i slice_i · 2^(−8i): integers of at most 2^7, and a power of two per row along the axis."""
-    scale = _power_of_two_above(jnp.max(jnp.abs(x), axis=axis, keepdims=True)) * 2.0 ** (1 - SLICE_BITS)
-    rest, slices = x / scale, []
+    """x ≈ scale · Σ_i slice_i · 2^(−8i): integers of at most 2^7, and a power of two per row along the axis.
+
+    A row with an infinity or NaN has the scale NaN, and any integers.
+    """
+    scale, inverse = _powers_of_two(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    one = 2.0 ** (1 - SLICE_BITS)
+    rest, slices = x * (inverse / one), []
     for _ in range(SLICES):
         slices.append(jnp.round(rest))
         rest = (rest - slices[-1]) * 2.0**SLICE_BITS
-    return slices, scale
+    return slices, jnp.where(jnp.isfinite(scale), scale * one, jnp.nan)
 
 
-def _power_of_two_above(x: jax.Array) -> jax.Array:
-    """The power of two in (x, 2x], and for 0 one; infinities and NaN stay, and so reach the result."""
-    exponent = jnp.frexp(x)[1]
-    power = jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent, -100, 100))
-    return jnp.where(jnp.isfinite(x), power, x)
+def _powers_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The power of two in (x, 2x] of a float32 x >= 0, from 2^−100 to 2^100, and its inverse; NaN where x is none.
+
+    By its bits: a few integer operations, which compilers do again wherever the power is used. Those of frexp and
+    ldexp, and a division, cost a GPU a program of their own.
+    """
+    exponent = jnp.clip((jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) + 1, 27, 227)
+    power, inverse = (jax.lax.bitcast_convert_type(bits << 23, jnp.float32) for bits in (exponent, 254 - exponent))
+    return jnp.where(jnp.isfinite(x), power, x), inverse

@@ -12,6 +12,7 @@ from dmattn_jax.attention import causal_attention
 from dmattn_jax.cache import DenseCache, token_positions
 from dmattn_jax.documents import document_positions
 from dmattn_jax.nn.attend import attend, attend_dense_cache
+from dmattn_jax.nn.linear import linear
 from dmattn_jax.nn.norms import RMSNorm
 from dmattn_jax.nn.rope import apply_rope
 from dmattn_jax.partitioning import normal, parameter
@@ -108,21 +109,21 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def _compress(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """c [B, T, C] and the shared part of the keys [B, T, D/2], which is what a cache holds."""
-        latent = self.latent_norm(x @ self.compress[...].astype(self.dtype))
-        return latent, x @ self.rope_key[...].astype(self.dtype)
+        latent = self.latent_norm(linear(x, self.compress[...].astype(self.dtype)))
+        return latent, linear(x, self.rope_key[...].astype(self.dtype))
 
     def _expand(self, latent: jax.Array, shared: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of all heads, the values padded to the keys' size."""
-        own = jnp.einsum("btc,chd->bthd", latent, self.key[...].astype(self.dtype))
+        own = linear(latent, self.key[...].astype(self.dtype))
         shared = jnp.broadcast_to(shared[:, :, None], (*own.shape[:3], self.rope_dim))
         key = jnp.concatenate([own, shared], axis=-1)
-        value = jnp.einsum("btc,chd->bthd", latent, self.value[...].astype(self.dtype))
+        value = linear(latent, self.value[...].astype(self.dtype))
         return self._rotate(self.key_norm(key) if self.qk_norm else key, position), jnp.pad(
             value, ((0, 0), (0, 0), (0, 0), (0, self.rope_dim))
         )
 
     def _queries(self, x: jax.Array, position: jax.Array) -> jax.Array:
-        query = jnp.einsum("btm,mhd->bthd", x, self.query[...].astype(self.dtype))
+        query = linear(x, self.query[...].astype(self.dtype))
         return self._rotate(self.query_norm(query) if self.qk_norm else query, position)
 
     def _rotate(self, heads: jax.Array, position: jax.Array) -> jax.Array:
@@ -132,4 +133,4 @@ class MultiHeadLatentAttention(nnx.Module):
         return jnp.concatenate([still, apply_rope(turning, position, theta=self.rope_theta)], axis=-1)
 
     def _merge(self, heads: jax.Array) -> jax.Array:
-        return jnp.einsum("bthd,hdm->btm", heads[..., : self.head_dim], self.out[...].astype(self.dtype))
+        return linear(heads[..., : self.head_dim], self.out[...].astype(self.dtype), axes=2)

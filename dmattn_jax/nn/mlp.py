@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dmattn_jax.nn.linear import linear
 from dmattn_jax.nn.norms import Projection, RMSNorm
 from dmattn_jax.partitioning import normal, parameter
 
@@ -46,11 +47,11 @@ class SwiGLU(nnx.Module):
         weights = (self.gate_projection[...].astype(self.dtype), self.up_projection[...].astype(self.dtype))
         x = x.astype(self.dtype)
         if norm is None:
-            gate, up = (x @ weight for weight in weights)
+            gate, up = (linear(x, weight) for weight in weights)
         else:
             gate, up = norm.project(x, *map(Projection, weights))
         if self.bias:
             gate = gate + self.gate_bias[...].astype(self.dtype)
             up = up + self.up_bias[...].astype(self.dtype)
-        out = (jax.nn.silu(gate) * up) @ self.down_projection[...].astype(self.dtype)
+        out = linear(jax.nn.silu(gate) * up, self.down_projection[...].astype(self.dtype))
         return out + self.down_bias[...].astype(self.dtype) if self.bias else out

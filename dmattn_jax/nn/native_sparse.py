@@ -18,6 +18,7 @@ from dmattn_jax.documents import document_bounds
 from dmattn_jax.nn.attend import attend, attend_window_cache
 from dmattn_jax.nn.attention import _GroupedQueryAttention
 from dmattn_jax.nn.block_attention import BlockContext, BlockQueries, block_attention, block_ends, take_blocks
+from dmattn_jax.nn.linear import linear
 from dmattn_jax.nn.norms import RMSNorm
 from dmattn_jax.partitioning import normal, parameter
 from dmattn_jax.validation import check_window
@@ -233,7 +234,7 @@ class NativeSparseAttention(_GroupedQueryAttention):
             selected_blocks=self.selected_blocks,
             whole_rows=whole_rows,
         )
-        weight = jnp.einsum("btm,mnh->btnh", x.astype(self.dtype), self.branch[...].astype(self.dtype))
+        weight = linear(x.astype(self.dtype), self.branch[...].astype(self.dtype))
         weight = jax.nn.sigmoid(weight.astype(jnp.float32) + self.branch_bias[...].astype(jnp.float32))
         weight = weight.astype(self.dtype)[..., None]
         return self._merge(weight[:, :, 0] * compressed + weight[:, :, 1] * selected + weight[:, :, 2] * near)

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dmattn_jax.nn.exact import exact_mean_square, exact_projection
+from dmattn_jax.nn.linear import linear
 from dmattn_jax.nn.rope import turn
 from dmattn_jax.partitioning import axis_size, parameter
 from pallas_kernels.gpu import MOSAIC_GPU
@@ -80,7 +81,7 @@ def _project(plans, eps, x, weight, weights, head_weights, rotation):
     normed = _apply(x, _inverse_rms(x, exact_mean_square, eps), weight)
     out = []
     for plan, matrix, head_weight in zip(plans, weights, head_weights, strict=True):
-        product = exact_projection(normed, matrix) if plan.exact else jnp.tensordot(normed, matrix, 1)
+        product = exact_projection(normed, matrix) if plan.exact else linear(normed, matrix)
         if plan.eps is not None:
             scale = _inverse_rms(product, exact_mean_square, plan.eps)
             product = _turned(_apply(product, scale, head_weight), rotation)
