@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int32
 
 from dmattn_jax.decoding import Decoder, Drawn, Rows, advance, bucket, check_ids, check_prompt, prefill
 from dmattn_jax.io.tokenizers import Tokenizer
+from dmattn_jax.nn.linear import in_compute_dtype
 from dmattn_jax.sampling import RowSampling, Sampling, row_sampling
 from dmattn_jax.text_stream import TextStream
 
@@ -200,7 +201,7 @@ class _Run:
         top: int,
         chunk: int | None,
     ) -> None:
-        self._graph, self._state = nnx.split(model)
+        self._graph, self._state = nnx.split(in_compute_dtype(model))
         self._sampling = row_sampling([sampling] * len(prompts), range(len(prompts)))
         self._stops = _stop_array(stop_tokens)
         self._limit = limit

@@ -15,6 +15,7 @@ from flax import nnx
 from dmattn_jax import nn
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 from dmattn_jax.models.loss import chunked_cross_entropy
+from dmattn_jax.nn.linear import in_compute_dtype
 from dmattn_jax.oracle import visible_keys_oracle
 from dmattn_jax.selection import select_keys
 
@@ -203,6 +204,28 @@ def test_half_precision_decoding_in_one_program_is_the_whole_forward(attention):
     error = np.sqrt(np.mean(np.square(np.asarray(in_steps(model, ids), np.float32) - whole), axis=(0, 2)))
     scale = np.sqrt(np.mean(np.square(whole)))
     assert error.max() <= 2e-2 * scale
+
+
+@pytest.mark.parametrize(("attention", "experts"), [*KINDS, *BASELINES])
+def test_matrices_in_the_compute_dtype_change_no_bit(attention, experts):
+    model = make(attention=attention, num_experts=experts, dtype="bfloat16", tie_embeddings=False)
+    converted = in_compute_dtype(model)
+    held = {path[-1]: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(converted))}
+    assert held["embedding"] == held["unembedding"] == held["query"] == held["down_projection"] == jnp.bfloat16
+    assert all(dtype == jnp.float32 for name, dtype in held.items() if name in ("weight", "A", "delta"))
+    assert model.embedding.dtype == jnp.float32, "the model itself is as it was"
+    ids = tokens()
+    np.testing.assert_array_equal(logits_of(converted, ids), logits_of(model, ids))
+    cache = model.init_cache(B, T)
+    for chunk in (ids[:, :7], ids[:, 7:8]):
+        (found, cache_found), (wanted, cache) = (decode(each, chunk, cache) for each in (converted, model))
+        np.testing.assert_array_equal(found, wanted)
+        jax.tree.map(np.testing.assert_array_equal, cache_found, cache)
+
+
+def test_matrices_that_are_in_the_compute_dtype_are_shared():
+    model = make()
+    assert in_compute_dtype(model).embedding[...] is model.embedding[...]
 
 
 @pytest.mark.parametrize("attention", ["dma", "swa", "mha"])

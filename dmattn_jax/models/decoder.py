@@ -6,7 +6,7 @@ Whatever reads a decoder (training, generation, files) needs this interface alon
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,7 @@ class CausalDecoder(nnx.Module):
 
     config: Any
     """A DecoderConfig: of which kind, a subclass says."""
+    matrices: ClassVar[tuple[str, ...]] = ("embedding", "unembedding")
 
     def __init__(self, config: DecoderConfig, make_block: Callable[..., nnx.Module], *, rngs: nnx.Rngs):
         """make_block(rngs=): one block with fresh parameters."""
@@ -88,6 +89,11 @@ class CausalDecoder(nnx.Module):
         if not config.tie_embeddings:
             initial = normal(rngs, table[::-1], config.init_std, config.param_dtype)
             self.unembedding = parameter(initial, ("embed", "vocab"))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the layers compute in."""
+        return jnp.dtype(self.config.dtype)
 
     def __call__(
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None

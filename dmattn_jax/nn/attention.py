@@ -10,7 +10,7 @@ chunks gives what the whole sequence gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class _GroupedQueryAttention(nnx.Module):
     rope_scaling: how the rotary frequencies are changed for longer contexts.
     """
 
+    matrices: ClassVar[tuple[str, ...]] = ("query", "key", "value", "out")
     exact_values = False
     """Whether the bits of a value do not depend on the other rows: see `dmattn_jax.nn.exact`."""
 

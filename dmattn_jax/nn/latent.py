@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,6 +32,8 @@ class MultiHeadLatentAttention(nnx.Module):
     D + D/2 = 256 (published: 192) and the Hopper kernels its packed rows; before Hopper cuDNN takes it up to 128, and
     the rest is portable XLA. No path holds T×T logits.
     """
+
+    matrices: ClassVar[tuple[str, ...]] = ("query", "compress", "rope_key", "key", "value", "out")
 
     def __init__(
         self,

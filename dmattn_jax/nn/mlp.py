@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +20,8 @@ class SwiGLU(nnx.Module):
 
     bias: whether the three projections have one (starting at 0).
     """
+
+    matrices: ClassVar[tuple[str, ...]] = ("gate_projection", "up_projection", "down_projection")
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ class NativeSparseAttention(_GroupedQueryAttention):
     a mask of blocks over all keys, or those up to the end of their quarter of the row. A GPU reads them sooner than it
     gathers 16 blocks a query, up to about 8k tokens; so time is quadratic, and decoding reads the whole cache too.
     """
+
+    matrices: ClassVar[tuple[str, ...]] = (*_GroupedQueryAttention.matrices, "branch")
 
     def __init__(
         self,
