@@ -119,19 +119,18 @@ def needle_claim(records: Records) -> Claim:
         content["model"]: dict(zip(content["lengths"], np.mean(content["accuracy"], axis=1), strict=True))
         for content in records.values()
     }
-    pairs, asked = [], []
+    pairs, measured = [], []
     for name, own in accuracy.items():
         rival = accuracy.get(name.replace("_dma_", "_mha_"), {})
         if "_dma_" in name and (common := sorted(own.keys() & rival.keys())):
-            pairs.append(tuple(float(np.mean([found[length] for length in common])) for found in (own, rival)))
-            asked.append(f"{common[0]:,} to {common[-1]:,} tokens" if len(common) > 1 else f"{common[0]:,} tokens")
+            pair = tuple(float(np.mean([found[length] for length in common])) for found in (own, rival))
+            lengths = " to ".join(f"{length:,}" for length in dict.fromkeys((common[0], common[-1])))
+            pairs.append(pair)
+            measured.append(f"{pair[0]:.0%} against {pair[1]:.0%} right at {lengths} tokens")
     better, worse = (sum(sign * (own - other) > 0 for own, other in pairs) for sign in (1, -1))
-    measured = "; ".join(
-        f"{own:.0%} against {other:.0%} right at {lengths}" for (own, other), lengths in zip(pairs, asked, strict=True)
-    )
     said = "DMA finds more needles than MHA, over all lengths that both were asked (2508.02124)"
     verdict = verdict_of(better, len(pairs) - better - worse, worse)
-    return Claim(said, measured, NOT if pairs and not better else verdict)
+    return Claim(said, "; ".join(measured), NOT if pairs and not better else verdict)
 
 
 class SpeedGoal(NamedTuple):

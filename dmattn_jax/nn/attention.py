@@ -41,6 +41,7 @@ class _GroupedQueryAttention(nnx.Module):
     """
 
     matrices: ClassVar[tuple[str, ...]] = ("query", "key", "value", "out")
+    """Parameters that are read in `dtype` alone: see `dmattn_jax.nn.linear.in_compute_dtype`."""
     exact_values = False
     """Whether the bits of a value do not depend on the other rows: see `dmattn_jax.nn.exact`."""
 

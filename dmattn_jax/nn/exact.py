@@ -186,7 +186,9 @@ def _slices(x: jax.Array, axis: int) -> tuple[list[jax.Array], jax.Array]:
 
 
 def _powers_of_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The power of two in (x, 2x] of a float32 x >= 0, from 2^−100 to 2^100, and its inverse; NaN where x is none.
+    """The power of two in (x, 2x] of a float32 x >= 0, from 2^−100 to 2^100, and its inverse.
+
+    Where x is infinite or NaN the power is x, and the inverse that of 2^100.
 
     By its bits: a few integer operations, which compilers do again wherever the power is used. Those of frexp and
     ldexp, and a division, cost a GPU a program of their own.
