@@ -21,7 +21,7 @@ from pallas_kernels.gpu.device import SHARED_MEMORY
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import ForwardSizes, attend
 from pallas_kernels.gpu.ranked import nth_set_bit, set_bits
-from pallas_kernels.gpu.tiles import BLOCK_Q, Rows, gather_rows, key_walks, query_runs
+from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, gather_rows, key_walks, query_runs
 
 BATCH, HEADS = 2, 3
 
@@ -106,37 +106,58 @@ def test_bits():
     np.testing.assert_array_equal(set_bits(jnp.asarray(words)), [(word % 2**32).bit_count() for word in words.tolist()])
 
 
-@pytest.mark.parametrize("queries", [pytest.param(397, marks=pytest.mark.slow), 211])
-def test_rows_and_their_sums(queries):
+@pytest.mark.parametrize(
+    ("queries", "dim", "dtype"),
+    [
+        (211, 128, jnp.bfloat16),
+        pytest.param(397, 64, jnp.float16, marks=pytest.mark.slow),
+        pytest.param(211, 192, jnp.float16, marks=pytest.mark.slow),
+        pytest.param(397, 256, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_rows_and_their_sums(queries, dim, dtype):
     """Gathering rows and summing their gradients are each other's transposes, against loops over the lists."""
-    # A head size that the kernel takes, where there is a GPU to run it.
-    length, dim, epoch, windows = 397, 16, 128, (67, 5, 33)
+    length, epoch, windows, seen = 397, 128, (67, 5, 33), set()
     rng = np.random.default_rng(queries)
     sizes = BlockSizes(epoch=epoch, granule=128)
     gate = make_gate("random", rng, BATCH, length, HEADS)
+    # Of two keys one number is not finite, of another the value's last; all are seen.
+    broken = {(1, 7, 2), (0, length - 1, 1), (0, length - 9, 0)}
+    for place in broken:
+        gate[place] = 9
     bounds = (jnp.zeros((BATCH, length), jnp.int32), jnp.full((BATCH, length), length, jnp.int32))
     select = jax.jit(lambda gate: MOSAIC_GPU.select(gate, windows, *bounds, queries=queries, blocks=sizes))
     intervals = select(jnp.asarray(np.moveaxis(gate, 2, 1)))
-    key, value = (rng.standard_normal((BATCH, length, HEADS, dim)).astype(np.float32) for _ in range(2))
-    key[1, 7, 2, 3] = np.inf
+    key, value = (rng.standard_normal((BATCH, length, HEADS, dim)).astype(dtype) for _ in range(2))
+    key[1, 7, 2, 3], key[0, length - 1, 1, dim - 1], value[0, length - 9, 0, dim - 1] = np.inf, np.nan, -np.inf
     rows = gather_rows(*map(jnp.asarray, (key, value, gate)), intervals, queries=queries)
-    got_key, meta, ends, index = map(np.asarray, (rows.key, rows.meta, intervals.end, intervals.lists.index))
+    got = (rows.key, rows.value, rows.meta, intervals.end, intervals.lists.index)
+    got_key, got_value, meta, ends, index = map(np.asarray, got)
     epochs, capacity = index.shape[2:]
     cotangent = rng.standard_normal((BATCH, epochs * capacity, HEADS, 2 * dim)).astype(np.float32)
     want = np.zeros((BATCH, length + 1, HEADS, 2 * dim))
+    occupied = np.repeat(index[..., :: sizes.granule] < length, sizes.granule, axis=-1)
     for b, k, e, c in np.ndindex(*index.shape):
         own, row = index[b, k, e, c], e * capacity + c
         want[b, own, k] += cotangent[b, row, k]
-        bad = own < length and not np.isfinite(key[b, own, k]).all()
-        expected = np.zeros(dim) if own == length or bad else key[b, own, k]
-        np.testing.assert_array_equal(got_key[b, row, k], expected)
         first = length - queries + e * epoch
-        start, end = meta[b, k, 1:, row]
+        bias, start, end = meta[b, k, :, row]
+        # A granule without a key is left as memory was.
+        if occupied[b, k, e, c]:
+            for found, array in ((got_key, key), (got_value, value)):
+                true = np.zeros(dim, dtype) if own == length else array[b, own, k]
+                np.testing.assert_array_equal(found[b, row, k], np.where(np.isfinite(true), true, 0))
+        if own < length and (b, own, k) in broken:
+            assert np.isnan(bias)
+            seen.add((b, own, k))
+        else:
+            assert bias == np.float32(0 if own == length else gate[b, own, k] * np.float32(LOG2E))
         if own == length:
             assert start > end
         else:
             assert start == max(own - first, -1)
             assert end == min(ends[b, k, own] - first, epoch + 1)
+    assert seen == broken
     sums = sum_over_epochs(
         jnp.asarray(cotangent), intervals, length=length, queries=queries, parts=2, dtype=jnp.float32
     )
@@ -157,7 +178,7 @@ def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length,
         choice = choose_keys(jnp.moveaxis(gate, 2, 1), windows, documents, causal=True)
         sizes = BlockSizes(epoch=epoch, granule=128)
         intervals = lay_out(choice, queries=queries, window=max(windows), blocks=sizes)
-        key = jnp.zeros((BATCH, length, heads, 8))
+        key = jnp.zeros((BATCH, length, heads, 64), jnp.bfloat16)
         rows = gather_rows(key, key, gate, intervals, queries=queries)
 
         def of(rows):

@@ -145,11 +145,14 @@ def key_gradients(
             steps=Steps(whole_steps, steps, lambda number: place(number)[1] * block_q),
         )
 
-        @pl.when(thread < 2)
+        # Of lists, tiles that nobody sees hold no keys, and nobody reads their gradients.
+        needed = steps > 0 if listed else True
+
+        @pl.when((thread < 2) & needed)
         def _consume():
             consume(program, thread, scale)
 
-        @pl.when(thread == 2)
+        @pl.when((thread == 2) & needed)
         def _produce():
             plgpu.set_max_registers(24, action="decrease")
 

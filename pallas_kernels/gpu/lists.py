@@ -37,7 +37,7 @@ def epoch_lists(
     before = jnp.sum(jnp.where(number < number[:, None], set_bits(words)[..., None, :], 0), axis=-1, dtype=jnp.int32)
 
     def held(reads, n):
-        """Who has a slot: its position, −1 if nobody."""
+        """Who has a slot: its position, −1 if nobody; and as lists have it."""
         order, position, end, counts, word, windows = reads
         block, slot = split(n, capacity)
         row, epoch = split(block, epochs)
@@ -53,14 +53,15 @@ def epoch_lists(
         leaf = last_not_above(which, lambda at: counts(block * leaves + at), leaves)
         bit = nth_set_bit(word(block * leaves + leaf), which + 1 - counts(block * leaves + leaf))
         enters = jnp.where(bit < LEAF, begin + leaf * LEAF + bit, -1)
-        return (jnp.where(slot < room, carried, enters),)
+        own = jnp.where(slot < room, carried, enters)
+        return own, jnp.where(own < 0, length, own - front)
 
     def follows(reads, n):
         """The slot of the same key in the next epoch."""
-        order, position, end, keys, index = reads
+        order, position, end, keys, owner = reads
         block, _ = split(n, capacity)
         row, epoch = split(block, epochs)
-        own = index(n)
+        own = owner(n)
         at = row * tree.padded + jnp.maximum(own, 0)
         lives_on = (own >= 0) & (epoch < epochs - 1) & (end(at) > (history + epoch + 1) * size)
         first = (row * (history + epochs) + history + epoch) * window
@@ -83,12 +84,12 @@ def epoch_lists(
         return (jnp.where(own < history * size, past, slot),)
 
     slots = tree.rows * epochs * capacity
-    (index,) = gathered(held, (*prefixes, ends, before, words, tree.windows), slots, INTEGERS)
-    (next_slot,) = gathered(follows, (*prefixes, ends, order, index), slots, INTEGERS)
+    own, index = gathered(held, (*prefixes, ends, before, words, tree.windows), slots, INTEGERS * 2)
+    (next_slot,) = gathered(follows, (*prefixes, ends, order, own), slots, INTEGERS)
     (entry,) = gathered(enters_at, (*prefixes, ends, order, before, words), tree.rows * tree.padded, INTEGERS)
     lead = expiry.shape[:2]
     return EpochLists(
-        index=jnp.where(index < 0, length, index - front).reshape(*lead, epochs, capacity),
+        index=index.reshape(*lead, epochs, capacity),
         next_slot=next_slot.reshape(*lead, epochs, capacity),
         entry_slot=entry.reshape(*lead, tree.padded)[..., front : front + length],
         epoch_size=size,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.contract import EpochLists, Intervals
 from pallas_kernels.gpu.gathers import gathered
+from pallas_kernels.gpu.list_rows import listed_rows
 from pallas_kernels.gpu.tree import split
 
 LOG2E = math.log2(math.e)
@@ -90,19 +91,19 @@ def gather_rows(
     queries: int,
 ) -> Rows:
     """The rows of every epoch's list, or all keys once in the identity layout."""
-    # In a kernel of its own: where it is fused with the stacking of what a key has, each number looks at a whole row.
-    finite = lax.optimization_barrier((jnp.isfinite(key) & jnp.isfinite(value)).all(-1))
-    bias = jnp.where(finite, bias * LOG2E, jnp.nan)
-    if intervals.lists is None:
-        # Element by element, which fuses with what makes the array; the row's bias is NaN all the same.
-        key, value = (jnp.where(jnp.isfinite(array), array, 0) for array in (key, value))
-        return _all_rows(key, value, bias, intervals, queries=queries)
-    return _listed_rows(key, value, bias, intervals, intervals.lists, queries=queries)
+    if intervals.lists is not None:
+        return _listed_rows(key, value, bias, intervals, intervals.lists, queries=queries)
+    return _all_rows(key, value, bias, intervals, queries=queries)
 
 
 def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
     """The identity layout: keys and values as they are, but for whole tiles."""
     length = key.shape[1]
+    # In a kernel of its own: where it is fused with the stacking of what a key has, each number looks at a whole row.
+    finite = lax.optimization_barrier((jnp.isfinite(key) & jnp.isfinite(value)).all(-1))
+    bias = jnp.where(finite, bias * LOG2E, jnp.nan)
+    # Element by element, which fuses with what makes the array; the row's bias is NaN all the same.
+    key, value = (jnp.where(jnp.isfinite(array), array, 0) for array in (key, value))
     offset = length - queries
     epoch_size = padded_length(queries)
     bounds = (jnp.moveaxis(array, 1, 2) - offset for array in (intervals.start, intervals.end))
@@ -119,44 +120,36 @@ def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
 
 
 def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, queries: int) -> Rows:
-    batch, length, kv_heads, dim = key.shape
+    batch, length, kv_heads = key.shape[:3]
     epochs, capacity = lists.index.shape[2:]
     count, size = epochs * capacity, lists.epoch_size
+    key, value, broken = listed_rows(key, value, lists.index.reshape(batch, kv_heads, count), GRANULE)
 
     def place(reads, n):
-        """Of each slot: its bias, interval and row, as read from the arrays of keys."""
-        index, biases, starts, ends = reads
+        """Of each slot: its bias and interval, as read from the arrays of keys."""
+        index, marks, biases, starts, ends = reads
         line, slot = split(n, count)
         item, head = split(line, kv_heads)
         epoch, _ = split(slot, capacity)
         first = length - queries + epoch * size
         own = index(n)
         filled, own = own < length, jnp.minimum(own, length - 1)
-        row = (item * length + own) * kv_heads + head
         at = line * length + own
-        bias = jnp.where(filled, biases(row), 0.0)
+        bias = biases((item * length + own) * kv_heads + head) * LOG2E
+        bias = jnp.where(marks((item * count + slot) * kv_heads + head) != 0, jnp.nan, bias)
+        bias = jnp.where(filled, bias, 0.0)
         start = jnp.where(filled, jnp.clip(starts(at) - first, -1, size + 1), size + 1)
         end = jnp.where(filled, jnp.clip(ends(at) - first, -1, size + 1), -1)
-        # A row of NaN bias is not read: whoever sees it gets its NaN from the bias.
-        return bias, start.astype(jnp.float32), end.astype(jnp.float32), jnp.where(filled & (bias == bias), row, -1)
+        return bias, start.astype(jnp.float32), end.astype(jnp.float32)
 
-    *columns, row = (
-        part.reshape(batch, kv_heads, count)
-        for part in gathered(
-            place,
-            (lists.index, bias, intervals.start, intervals.end),
-            batch * kv_heads * count,
-            (jnp.float32, jnp.float32, jnp.float32, jnp.int32),
-        )
+    columns = gathered(
+        place,
+        (lists.index, broken, bias, intervals.start, intervals.end),
+        batch * kv_heads * count,
+        (jnp.float32,) * 3,
     )
-    row = jnp.moveaxis(row, 1, 2)
-
-    def gather(array):
-        there = array.reshape(-1, dim).at[jnp.maximum(row, 0)].get(mode="promise_in_bounds")
-        return jnp.where(row[..., None] < 0, 0, there)
-
-    meta = jnp.stack(columns, axis=2)
-    return Rows(gather(key), gather(value), meta, epochs, capacity, lists.carried, size)
+    meta = jnp.stack([column.reshape(batch, kv_heads, count) for column in columns], axis=2)
+    return Rows(key, value, meta, epochs, capacity, lists.carried, size)
 
 
 def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 tiles"]:
