@@ -28,7 +28,7 @@ from flax import nnx
 
 from benchmarks import record
 from dmattn_jax import explain
-from dmattn_jax.decoding import Rows, advance, empty_rows, read_chunk
+from dmattn_jax.decoding import Rows, advance, empty_rows, for_many_tokens, read_chunk
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 from dmattn_jax.sampling import Sampling, row_sampling
 
@@ -107,7 +107,8 @@ class Bench:
 
     def __init__(self, options: Options, attention: Literal["dma", "mha"]) -> None:
         self.options, self.attention = options, attention
-        self.graph, self.state = nnx.split(make_model(options, attention))
+        self.model = make_model(options, attention)
+        self.graph, self.state = nnx.split(self.model)
         self.sampling = row_sampling([Sampling()] * options.batch, range(options.batch))
 
     def measured(self, what: str, length: int, measure: Callable[[Row], None]) -> Row:
@@ -197,11 +198,11 @@ class Bench:
     def timed_decode(self, rows: list[Rows], steps: int, repeats: int) -> list[float]:
         """Seconds of each repeat after a first one that compiles; with no repeats, of that one."""
         seconds = []
+        model, rows[0] = for_many_tokens(self.model, rows[0])
+        graph, state = nnx.split(model)
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            rows[0] = jax.block_until_ready(
-                decode_many(self.graph, self.state, rows[0], self.sampling, jnp.int32(steps))
-            )
+            rows[0] = jax.block_until_ready(decode_many(graph, state, rows[0], self.sampling, jnp.int32(steps)))
             seconds.append(time.perf_counter() - began)
         return seconds[1:] if repeats else seconds
 

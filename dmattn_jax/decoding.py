@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from dmattn_jax.models.decoder import per_layer
 from dmattn_jax.sampling import RowSampling, draw
 
 SMALLEST_BUCKET = 16
@@ -28,7 +29,8 @@ class Decoder(Protocol):
     def config(self) -> Any: ...
 
     def init_cache(self, batch: int, max_length: int) -> Any:
-        """Empty caches for at most max_length tokens a row: a pytree of arrays, each with a batch axis."""
+        """Empty caches for at most max_length tokens a row: a pytree of arrays, each with an axis of layers (a list
+        of layers' caches when unrolled) and one of the batch."""
         ...
 
     def decode(
@@ -38,6 +40,10 @@ class Decoder(Protocol):
         ...
 
     def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]: ...
+
+    def unrolled(self) -> Decoder:
+        """The same decoder with its layers, and the caches that it takes, as a list."""
+        ...
 
 
 class Rows(NamedTuple):
@@ -107,6 +113,30 @@ def advance(
     logits = jnp.where(active[:, None], model.logits(hidden[:, 0]), rows.logits)
     seen = rows.seen.at[jnp.arange(token.shape[0]), token].max(active)
     return Rows(cache, logits, seen, rows.step + active), drawn
+
+
+def for_many_tokens(model: Decoder, rows: Rows) -> tuple[Decoder, Rows]:
+    """What a loop over tokens is best given: the same, with layers and caches as lists where that pays.
+
+    On a GPU it does: a loop over layers copies each layer's parameters and caches out of their stacks, and caches back,
+    for every token. It takes room for a second copy of both, and the longer compilation of a program of all layers;
+    where there is no room, and elsewhere, model and rows are returned as they are.
+    """
+    if not _has_room_for_copies((nnx.state(model), rows.cache)):
+        return model, rows
+    layers = model.config.num_layers
+    return model.unrolled(), rows._replace(cache=per_layer(rows.cache, layers))
+
+
+def _has_room_for_copies(arrays: Any) -> bool:
+    """Whether these are on a GPU whose memory holds them twice."""
+    shards = [shard.data for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards]
+    device = shards[0].devices().pop()
+    memory = device.memory_stats() if device.platform == "gpu" else None
+    if not memory:
+        return False
+    held = sum(shard.nbytes for shard in shards if device in shard.devices())
+    return memory["bytes_limit"] - memory["bytes_in_use"] > held
 
 
 def prefill(

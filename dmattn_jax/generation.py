@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from dmattn_jax.decoding import Decoder, Drawn, Rows, advance, bucket, check_ids, check_prompt, prefill
+from dmattn_jax.decoding import Decoder, Drawn, Rows, advance, bucket, check_ids, check_prompt, for_many_tokens, prefill
 from dmattn_jax.io.tokenizers import Tokenizer
 from dmattn_jax.nn.linear import in_compute_dtype
 from dmattn_jax.sampling import RowSampling, Sampling, row_sampling
@@ -201,13 +201,15 @@ class _Run:
         top: int,
         chunk: int | None,
     ) -> None:
-        self._graph, self._state = nnx.split(in_compute_dtype(model))
+        model = in_compute_dtype(model)
         self._sampling = row_sampling([sampling] * len(prompts), range(len(prompts)))
         self._stops = _stop_array(stop_tokens)
         self._limit = limit
         batch, capacity = len(prompts), bucket(limit)
         max_length = bucket(max(map(len, prompts))) + capacity
-        rows = prefill(self._graph, self._state, prompts, max_length=max_length, chunk=chunk)
+        rows = prefill(*nnx.split(model), prompts, max_length=max_length, chunk=chunk)
+        model, rows = for_many_tokens(model, rows)
+        self._graph, self._state = nnx.split(model)
         self._progress = _Progress(
             rows,
             Drawn(

@@ -1,6 +1,7 @@
 """Generation: the same tokens as the whole forward, alone or in a batch, and clear refusals."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 from flax import nnx
 
 from dmattn_jax import decoding, generation
-from dmattn_jax.generation import generate, generate_stream
+from dmattn_jax.generation import complete, generate, generate_stream
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
+from dmattn_jax.sampling import Sampling
 
 V = 61
 PROMPTS = [[3, 1, 4, 15, 9, 2, 6], [5], [58, 7, 13, 20, 31, 17, 23, 29, 37, 41, 43]]
@@ -107,6 +109,42 @@ def test_stream_yields_what_generate_returns(temperature):
     assert list(generate_stream(MODEL, PROMPTS[0], **options)) == expected
     cut = expected.index(expected[5])
     assert list(generate_stream(MODEL, PROMPTS[0], stop_tokens=[expected[5]], **options)) == expected[:cut]
+
+
+def test_layers_side_by_side_generate_the_same(monkeypatch):
+    """What a GPU with room for copies does."""
+    sampling = Sampling(temperature=1.1, seed=5)
+    want = complete(MODEL, PROMPTS, max_new_tokens=9, sampling=sampling)
+    asked = []
+    monkeypatch.setattr(decoding, "_has_room_for_copies", lambda arrays: asked.append(arrays) or True)
+    got = complete(MODEL, PROMPTS, max_new_tokens=9, sampling=sampling)
+    assert [row.tokens for row in got] == [row.tokens for row in want]
+    np.testing.assert_allclose([row.logprobs for row in got], [row.logprobs for row in want], rtol=1e-4, atol=1e-4)
+    assert (
+        list(generate_stream(MODEL, PROMPTS[2], max_new_tokens=9)) == generate(MODEL, PROMPTS[2:], max_new_tokens=9)[0]
+    )
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("platform", "limit", "expected"),
+    [("gpu", 1000, True), ("gpu", 800, False), ("cpu", 1000, False), ("gpu", None, False)],
+)
+def test_copies_are_made_where_a_gpu_has_room(platform, limit, expected):
+    stats = limit and {"bytes_limit": limit, "bytes_in_use": 500}
+
+    class Device:
+        def __init__(self):
+            self.platform, self.memory_stats = platform, lambda: stats
+
+    holders = {"own": Device(), "other": Device()}
+
+    def array(**sizes):
+        shards = [SimpleNamespace(nbytes=size, devices=lambda at=holders[at]: {at}) for at, size in sizes.items()]
+        # A leaf of a pytree, with what is asked of an array.
+        return SimpleNamespace(addressable_shards=[SimpleNamespace(data=shard) for shard in shards])
+
+    assert decoding._has_room_for_copies([array(own=300, other=900), array(own=150)]) == expected
 
 
 def test_top_k_one_and_tiny_top_p_are_greedy():

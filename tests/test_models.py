@@ -14,6 +14,7 @@ from flax import nnx
 
 from dmattn_jax import nn
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
+from dmattn_jax.models.decoder import per_layer
 from dmattn_jax.models.loss import chunked_cross_entropy
 from dmattn_jax.nn.linear import in_compute_dtype
 from dmattn_jax.oracle import visible_keys_oracle
@@ -181,6 +182,35 @@ def test_prefill_and_decoding_at_every_split_is_the_whole_forward(attention, exp
         if attention in ("dma", "swa"):
             np.testing.assert_array_equal(jnp.sort(cache.position), jnp.sort(states[split].position))
             np.testing.assert_array_equal(jnp.sort(after.position), jnp.sort(final.position))
+
+
+@pytest.mark.parametrize(
+    ("attention", "experts"), [("dma", 16), *BASELINES, pytest.param("mha", 0, marks=pytest.mark.slow)]
+)
+def test_unrolled_decoder_is_the_stacked_one(attention, experts):
+    model, ids = make(attention=attention, num_experts=experts), tokens()
+    unrolled = model.unrolled()
+    assert (model.is_unrolled, unrolled.is_unrolled) == (False, True)
+    assert unrolled.unrolled() is unrolled
+    whole = np.asarray(logits_of(model, ids))
+    close = {"rtol": 0, "atol": 1e-5 * np.abs(whole).max()}
+    np.testing.assert_allclose(logits_of(unrolled, ids), whole, **close)
+    np.testing.assert_allclose(loss_of(unrolled, ids, ids).loss, loss_of(model, ids, ids).loss, rtol=1e-5)
+    # Caches that the stacked decoder filled are taken along, and then both go on.
+    present = jnp.asarray(np.arange(T) < 19, jnp.int32)[None].repeat(B, 0)
+    _, stacked = decode(model, ids, model.init_cache(B, T), present)
+    listed = per_layer(stacked, model.config.num_layers)
+    assert jax.tree.structure(listed) == jax.tree.structure(unrolled.init_cache(B, T))
+    for step in range(19, T):
+        want, stacked = decode(model, ids[:, step : step + 1], stacked)
+        got, listed = decode(unrolled, ids[:, step : step + 1], listed)
+        np.testing.assert_allclose(got, want, **close)
+    for layer, cache in enumerate(listed):
+        for own, all_layers in zip(jax.tree.leaves(cache), jax.tree.leaves(stacked), strict=True):
+            np.testing.assert_allclose(own, all_layers[layer], rtol=1e-4, atol=1e-5)
+    if attention == "dma":
+        np.testing.assert_allclose(unrolled.gates(ids), model.gates(ids), rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(unrolled.layer(1).mlp_residual[...], model.layer(1).mlp_residual[...])
 
 
 @pytest.mark.parametrize("attention", ["dma", "swa", "mha"])

@@ -5,8 +5,10 @@ Whatever reads a decoder (training, generation, files) needs this interface alon
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,8 @@ class CausalDecoder(nnx.Module):
 
     A block has `attention` (with `init_cache`), is called as `block(x, segment_ids) -> (x, balance loss)`, and
     decodes as `block.decode(x, cache, segment_ids) -> (x, cache)`.
+
+    `unrolled` gives a decoder of the same results that has its blocks, and so its caches, as a list.
     """
 
     config: Any
@@ -128,10 +132,13 @@ class CausalDecoder(nnx.Module):
             return layer(x, segment_ids)
 
         x, balance = self._scan(block, self.embed(tokens))
-        return self.norm(x), balance.mean()
+        return self.norm(x), jnp.asarray(balance).mean()
 
     def init_cache(self, batch: int, max_length: int) -> Any:
-        """Empty decoding caches of all layers (a leading layers axis), for at most max_length tokens a row."""
+        """Empty decoding caches of all layers (a leading layers axis; a list of them when unrolled), for at most
+        max_length tokens a row."""
+        if self.is_unrolled:
+            return [block.attention.init_cache(batch, max_length) for block in self.blocks]
         # It depends on the layer's sizes alone, which stacking does not change.
         cache = self.blocks.attention.init_cache(batch, max_length)
         layers = self.config.num_layers
@@ -163,8 +170,29 @@ class CausalDecoder(nnx.Module):
         table = constrain(self.embedding[...], ("vocab", None))
         return constrain(table[tokens].astype(self.config.dtype), HIDDEN)
 
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether the blocks are a list."""
+        return isinstance(self.blocks, nnx.List)
+
+    def unrolled(self) -> Self:
+        """This decoder with its blocks as a list, each with parameters of its own: a copy of them.
+
+        For loops over tokens on a GPU, where a loop over layers copies the parameters and caches of every layer out of
+        their stacks, and caches back, for each token. `per_layer` takes caches along.
+        """
+        if self.is_unrolled:
+            return self
+        graph, parameters = nnx.split(self.blocks)
+        blocks = [nnx.merge(graph, each) for each in per_layer(parameters, self.config.num_layers)]
+        decoder = nnx.merge(*nnx.split(self))
+        decoder.blocks = nnx.List(blocks)
+        return decoder
+
     def layer(self, index: int | jax.Array) -> Any:
         """The block of one layer by itself; an index beyond the last gives the last."""
+        if self.is_unrolled:
+            return self.blocks[min(int(index), self.config.num_layers - 1)]
         graph, parameters = nnx.split(self.blocks)
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], parameters))
 
@@ -172,9 +200,18 @@ class CausalDecoder(nnx.Module):
         return self.embedding[...].T if self.config.tie_embeddings else self.unembedding[...]
 
     def _scan(
-        self, block: Callable[..., tuple[jax.Array, Any]], x: jax.Array, *per_layer: Any
+        self, block: Callable[..., tuple[jax.Array, Any]], x: jax.Array, *of_layers: Any
     ) -> tuple[jax.Array, Any]:
-        """Run `block(layer, x, …) -> (x, y)` through the layers; the y of all layers, stacked."""
+        """Run `block(layer, x, …) -> (x, y)` through the layers; the y of all layers, stacked or, unrolled, a list."""
+        if self.is_unrolled:
+            graphs, parameters = zip(*map(nnx.split, self.blocks), strict=True)
+            # The layers are equal but for their arrays: traced and lowered once.
+            run = jax.jit(lambda parameters, x, *others: block(nnx.merge(graphs[0], parameters), x, *others))
+            made = []
+            for each in zip(parameters, *of_layers, strict=True):
+                x, y = run(each[0], x, *each[1:])
+                made.append(y)
+            return x, made
         graph, parameters = nnx.split(self.blocks)
 
         def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -186,7 +223,13 @@ class CausalDecoder(nnx.Module):
         # A loop keeps the recomputation apart by itself. Without one, and unless memory is short, the compiler may
         # keep what it likes: nothing has to be copied for it.
         step = jax.checkpoint(step, prevent_cse=self.config.remat and unroll > 1, policy=policy)
-        return jax.lax.scan(step, x, (parameters, *per_layer), unroll=unroll)
+        return jax.lax.scan(step, x, (parameters, *of_layers), unroll=unroll)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def per_layer(stacked: Any, layers: int) -> list[Any]:
+    """Arrays with a leading layers axis, as a list of each layer's."""
+    return [jax.tree.map(operator.itemgetter(index), stacked) for index in range(layers)]
 
 
 def _dear_to_compute(primitive: Any, *operands: Any, **parameters: Any) -> bool:

@@ -99,7 +99,7 @@ class DogeForCausalLM(CausalDecoder):
             found = function(layer.attention, layer.attention.gates(layer.attention_norm(x)))
             return layer(x, segment_ids)[0], found
 
-        return self._scan(block, self.embed(tokens))[1]
+        return jnp.asarray(self._scan(block, self.embed(tokens))[1])
 
 
 def _attention(config: DogeConfig, numeric: dict[str, Any], rngs: nnx.Rngs) -> Any:
