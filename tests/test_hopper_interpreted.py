@@ -19,7 +19,7 @@ from test_pattern_hopper import HEADS, KV_HEADS, make_patterns, visible
 from benchmarks import tune
 from dmattn_jax.documents import document_bounds
 from pallas_kernels import BlockSizes
-from pallas_kernels.gpu import MOSAIC_GPU
+from pallas_kernels.gpu import MOSAIC_GPU, gathers
 from pallas_kernels.gpu.backward_key import KeyGradientSizes
 from pallas_kernels.gpu.backward_query import QueryGradientSizes
 from pallas_kernels.gpu.config import block_sizes
@@ -186,3 +186,23 @@ def test_selection_without_races_under_the_interpreter(monkeypatch, length, epoc
     assert jax.tree.structure(want) == jax.tree.structure(got)
     for left, right in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(("lines", "length"), [(3, 1024), (2, 640)] if AVAILABLE else ())
+def test_results_that_stand_together_under_the_interpreter(monkeypatch, lines, length):
+    """Several chunks a line, and lines that only short chunks divide."""
+    source = jnp.asarray(np.random.default_rng(length).permutation(lines * length), jnp.int32)
+
+    def body(reads, n):
+        own = reads[0](n)
+        return own, reads[0](own) - n
+
+    def run():
+        return np.asarray(gathers.gathered_lines(body, (source,), lines, length, (jnp.int32,) * 2))
+
+    want = run()
+    order = np.asarray(source)
+    np.testing.assert_array_equal(want[:, 0].reshape(-1), order)
+    np.testing.assert_array_equal(want[:, 1].reshape(-1), order[order] - np.arange(order.size))
+    interpret_gathers(monkeypatch)
+    np.testing.assert_array_equal(run(), want)

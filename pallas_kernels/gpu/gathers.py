@@ -6,6 +6,7 @@ kernel for every second read; here all of it runs in registers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,8 +26,10 @@ from jaxtyping import Array, Int32, Num
 Read = Callable[..., Num[Array, "*n"]]
 """The entries of an array at places known to be inside: one array of places for each of its axes."""
 
-CHUNK = 512
-"""Elements of a program: four for each thread of a warpgroup, whose reads overlap."""
+WARPGROUP = 128
+"""Threads of a program."""
+CHUNK = 4 * WARPGROUP
+"""Elements of a program: four for each thread, whose reads overlap."""
 
 PARAMETERS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 """Every operation names its layout here; inferring them takes most of a second for each kernel."""
@@ -60,6 +63,49 @@ def gathered(
                 target[pl.ds(first, CHUNK)] = result
 
         return _launch(program, arrays, count, CHUNK, dtypes)
+
+    return lax.platform_dependent(*flat, cuda=kernel, default=portable)
+
+
+def gathered_lines(
+    body: Callable[[Sequence[Read], Int32[Array, " n"]], Sequence[Num[Array, " n"]]],
+    operands: Sequence[Num[Array, "..."]],  # noqa: UP037
+    lines: int,
+    length: int,
+    dtypes: Sequence[DTypeLike],
+) -> Num[Array, "lines parts length"]:
+    """`gathered` for count = lines · length, whose results stand together: out[line, o, n] is result o of element n.
+
+    dtypes: one for each result, all the same. length: a multiple of a warpgroup's threads.
+    """
+    chunk = math.gcd(CHUNK, length)
+    if chunk % WARPGROUP or len(set(dtypes)) > 1:
+        raise ValueError(f"length must be a multiple of {WARPGROUP}, and dtypes equal, got {length} and {dtypes}")
+    flat = [operand.reshape(-1) for operand in operands]
+    parts, chunks = len(dtypes), length // chunk
+
+    def portable(*arrays):
+        results = body([entries_of(array) for array in arrays], jnp.arange(lines * length, dtype=jnp.int32))
+        return jnp.stack([result.reshape(lines, length) for result in results], axis=1)
+
+    def kernel(*arrays):
+        def program(*refs):
+            sources, target = refs[: len(arrays)], refs[len(arrays)]
+            number = lax.axis_index("program")
+            line, within = lax.div(number, jnp.int32(chunks)), lax.rem(number, jnp.int32(chunks))
+            results = body([partial(read, s) for s in sources], iota((chunk,), 0) + number * chunk)
+            for part, result in enumerate(results):
+                target[pl.ds((line * parts + part) * length + within * chunk, chunk)] = result
+
+        program.__name__ = "gathers"
+        out = plgpu.kernel(
+            program,
+            out_type=jax.ShapeDtypeStruct((lines * parts * length,), dtypes[0]),
+            grid=(lines * chunks,),
+            grid_names=("program",),
+            compiler_params=PARAMETERS,
+        )(*arrays)
+        return out.reshape(lines, parts, length)
 
     return lax.platform_dependent(*flat, cuda=kernel, default=portable)
 

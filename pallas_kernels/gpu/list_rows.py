@@ -19,13 +19,13 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.gathers import PARAMETERS, iota, read
+from pallas_kernels.gpu.gathers import PARAMETERS, WARPGROUP, iota, read
 from pallas_kernels.gpu.tree import split
 
 WIDTH = 8
 """Numbers that a thread copies at once: 16 bytes."""
-VECTORS = 1024
-"""So many at once a program and array: eight for each of a warpgroup's threads, whose reads overlap."""
+VECTORS = 8 * WARPGROUP
+"""So many at once a program and array: eight for each thread, whose reads overlap."""
 PART = 64
 """What head sizes are multiples of, so that the threads of a row, or of each of its parts, are neighbours in a warp."""
 SLOTS = VECTORS * WIDTH // PART

@@ -38,14 +38,14 @@ def epoch_lists(
 
     def held(reads, n):
         """Who has a slot: its position, −1 if nobody; and as lists have it."""
-        order, position, end, counts, word, windows = reads
+        order, position, end, counts, word, *_ = reads
         block, slot = split(n, capacity)
         row, epoch = split(block, epochs)
         begin = (history + epoch) * size
         # Carried: the prefix before the epoch, in order, but for who leaves at once.
         at = (row * (history + epochs) + history + epoch - 1) * window + jnp.minimum(slot, window - 1)
         at = jnp.maximum(at, 0)
-        there = (slot < windows(row)) & (begin > 0) & (order(at) != NOTHING)
+        there = (slot < tree.window(reads, row)) & (begin > 0) & (order(at) != NOTHING)
         carried = jnp.where(there, position(at), 0)
         carried = jnp.where(there & (end(row * tree.padded + carried) > begin), carried, -1)
         # Entering: the set bits of the epoch's words.
@@ -84,7 +84,7 @@ def epoch_lists(
         return (jnp.where(own < history * size, past, slot),)
 
     slots = tree.rows * epochs * capacity
-    own, index = gathered(held, (*prefixes, ends, before, words, tree.windows), slots, INTEGERS * 2)
+    own, index = gathered(held, (*prefixes, ends, before, words, *tree.windows), slots, INTEGERS * 2)
     (next_slot,) = gathered(follows, (*prefixes, ends, order, own), slots, INTEGERS)
     (entry,) = gathered(enters_at, (*prefixes, ends, order, before, words), tree.rows * tree.padded, INTEGERS)
     lead = expiry.shape[:2]

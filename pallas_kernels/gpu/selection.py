@@ -46,10 +46,9 @@ def select(
     batch, heads, length = gate.shape
     position = jnp.arange(length, dtype=jnp.int32)
     starts = jnp.broadcast_to(position, gate.shape)
-    hidden = jnp.isneginf(gate)
     if min(windows) >= length:
         whole = jnp.broadcast_to(end[:, None], gate.shape)
-        return Intervals(starts, jnp.where(hidden, position, whole), starts_at_key=True)
+        return Intervals(starts, jnp.where(jnp.isneginf(gate), position, whole), starts_at_key=True)
     listed = max(windows) + blocks.epoch < length
     size = blocks.epoch if listed else min(blocks.epoch, max(LEAF, 1 << (length - 1).bit_length()))
     if size % LEAF or size & (size - 1):
@@ -72,8 +71,11 @@ def select(
     prefixes = _prefixes(tree, sorted_blocks[size], begins)
     lowest = _lowest(tree, sorted_blocks, prefixes, begins)
     leaves = _leave(tree, order, lowest, begins)
-    expiry = jnp.minimum(leaves.reshape(batch, heads, padded)[..., front : front + length] - front, end[:, None])
-    expiry = jnp.where(hidden, position, jnp.maximum(expiry, position))
+    expiry, own_order = (
+        array.reshape(batch, heads, padded)[..., front : front + length] for array in (leaves - front, order)
+    )
+    # Who has no order has no place either: its gate is −inf. (The gate itself would be read across, heads innermost.)
+    expiry = jnp.where(own_order == NOTHING, position, jnp.maximum(jnp.minimum(expiry, end[:, None]), position))
     lists = None
     if listed:
         lists = epoch_lists(tree, order, prefixes, expiry, length=length, queries=queries, front=front, blocks=blocks)
@@ -162,10 +164,10 @@ def _lowest(tree: Tree, sorted_blocks: dict[int, Ranked], prefixes: Ranked, begi
     size, count = tree.size, tree.padded // tree.size
 
     def before_epochs(reads, _, n):
-        order, position, windows, *_ = reads
+        order, position, *_ = reads
         block, place = split(n, size)
         row, epoch = split(block, count)
-        in_prefix = windows(row) - size + place
+        in_prefix = tree.window(reads, row) - size + place
         at = jnp.maximum(block - 1, 0) * tree.capacity + jnp.maximum(in_prefix, 0)
         held = jnp.where(epoch > 0, order(at), NOTHING)
         return jnp.where(in_prefix < 0, TAKEN, held), position(at)
@@ -173,7 +175,7 @@ def _lowest(tree: Tree, sorted_blocks: dict[int, Ranked], prefixes: Ranked, begi
     halves = [size >> power for power in range(1, size.bit_length())]
     stages = [before_epochs, *(_halve(tree, number, half) for number, half in enumerate(halves))]
     entering = [array for half in halves for array in sorted_blocks[half]]
-    operands = (*prefixes, tree.windows, begins, *entering)
+    operands = (*prefixes, begins, *entering, *tree.windows)
     [lowest] = staged(stages, operands, tree.rows * tree.padded, size, INTEGERS * 2, [len(halves)])
     return tree.lists(tree.padded, 1, lowest)
 
@@ -184,7 +186,7 @@ def _halve(tree: Tree, number: int, half: int) -> Stage:
     count = tree.padded // half
 
     def body(reads, held, n):
-        _, _, windows, begin, *sorted_blocks = reads
+        _, _, begin, *sorted_blocks = reads
         (order, position), (entered, entered_position) = held, sorted_blocks[2 * number :][:2]
         block, rank = split(n, half)
         row, place = split(block, count)
@@ -192,7 +194,7 @@ def _halve(tree: Tree, number: int, half: int) -> Stage:
         first, second = (block >> 1) * size, jnp.maximum(block - 1, 0) * half
         # Whether the window before the block still counts when its second half begins.
         continues = early | (begin(second + half - 1) < (place - 1) * half)
-        vacant = size - windows(row)
+        vacant = size - tree.window(reads, row)
 
         def stayed(at):
             return jnp.where(continues, order(first + at), jnp.where(at < vacant, TAKEN, NOTHING))

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.contract import EpochLists, Intervals
-from pallas_kernels.gpu.gathers import gathered
+from pallas_kernels.gpu.gathers import gathered_lines
 from pallas_kernels.gpu.list_rows import listed_rows
 from pallas_kernels.gpu.tree import split
 
@@ -127,7 +127,7 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
 
     def place(reads, n):
         """Of each slot: its bias and interval, as read from the arrays of keys."""
-        index, marks, biases, starts, ends = reads
+        index, marks, biases, ends, *starts = reads
         line, slot = split(n, count)
         item, head = split(line, kv_heads)
         epoch, _ = split(slot, capacity)
@@ -138,17 +138,15 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
         bias = biases((item * length + own) * kv_heads + head) * LOG2E
         bias = jnp.where(marks((item * count + slot) * kv_heads + head) != 0, jnp.nan, bias)
         bias = jnp.where(filled, bias, 0.0)
-        start = jnp.where(filled, jnp.clip(starts(at) - first, -1, size + 1), size + 1)
+        start = starts[0](at) if starts else own
+        start = jnp.where(filled, jnp.clip(start - first, -1, size + 1), size + 1)
         end = jnp.where(filled, jnp.clip(ends(at) - first, -1, size + 1), -1)
         return bias, start.astype(jnp.float32), end.astype(jnp.float32)
 
-    columns = gathered(
-        place,
-        (lists.index, broken, bias, intervals.start, intervals.end),
-        batch * kv_heads * count,
-        (jnp.float32,) * 3,
-    )
-    meta = jnp.stack([column.reshape(batch, kv_heads, count) for column in columns], axis=2)
+    known = () if intervals.starts_at_key else (intervals.start,)
+    operands = (lists.index, broken, bias, intervals.end, *known)
+    meta = gathered_lines(place, operands, batch * kv_heads, count, (jnp.float32,) * 3)
+    meta = meta.reshape(batch, kv_heads, 3, count)
     return Rows(key, value, meta, epochs, capacity, lists.carried, size)
 
 
