@@ -13,7 +13,7 @@ from flax import nnx
 from dmattn_jax import nn
 from dmattn_jax.nn.exact import exact_mean_square, exact_projection, exact_row_products
 from dmattn_jax.nn.linear import linear
-from dmattn_jax.nn.norms import Projection
+from dmattn_jax.nn.norms import Projection, normed_together
 from dmattn_jax.oracle import visible_keys_oracle
 
 B, T, M, H, K, D = 2, 19, 23, 6, 3, 10
@@ -244,6 +244,25 @@ def test_norms_and_values_have_the_same_bits_for_any_number_of_rows(features, dt
             project(part, weight).astype(jnp.float32), values[row, start:stop].reshape(-1, stop - start, 3, 10)
         )
         np.testing.assert_array_equal(square(part), squares[row, start:stop].reshape(-1, stop - start, 1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_normed_together_have_the_bits_of_each_norm(dtype):
+    random = np.random.default_rng(3)
+    query, key = (jnp.asarray(random.normal(size=(B, 5, heads, D)), dtype) for heads in (H, K))
+    norms = nn.RMSNorm(D, eps=1e-3), nn.RMSNorm(D, eps=1e-3)
+    for norm, low in zip(norms, (0.5, -2), strict=True):
+        norm.weight[...] = jnp.linspace(low, 1.5, D)
+    whole = jax.jit(lambda query, key: [norm(heads) for norm, heads in zip(norms, (query, key), strict=True)])(
+        query, key
+    )
+    together = jax.jit(lambda *heads: normed_together(*zip(heads, norms, strict=True)))
+    for step in range(5):
+        now = slice(step, step + 1)
+        for got, want in zip(together(query[:, now], key[:, now]), whole, strict=True):
+            np.testing.assert_array_equal(got.astype(jnp.float32), want[:, now].astype(jnp.float32))
+    for got, want in zip(together(query, key), whole, strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])

@@ -25,7 +25,7 @@ from dmattn_jax.nn.attend import attend, attend_dense_cache, attend_window_cache
 from dmattn_jax.nn.exact import exact_projection
 from dmattn_jax.nn.gate import DynamicMaskGate, GateActivation
 from dmattn_jax.nn.linear import linear
-from dmattn_jax.nn.norms import Projection, RMSNorm, Rotation
+from dmattn_jax.nn.norms import Projection, RMSNorm, Rotation, normed_together
 from dmattn_jax.nn.rope import RopeScaling, rotation, turn
 from dmattn_jax.partitioning import normal, parameter
 from dmattn_jax.selection import select_keys
@@ -140,7 +140,7 @@ class _GroupedQueryAttention(nnx.Module):
             key = key + self.key_bias[...].astype(self.dtype)
             value = value + self.value_bias[...].astype(self.dtype)
         if self.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = normed_together((query, self.query_norm), (key, self.key_norm))
         return query, key, value
 
     def _rotation(self, position: jax.Array) -> Rotation | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -56,6 +57,17 @@ class RMSNorm(nnx.Module):
         weights = tuple(p.weight for p in projections)
         head_weights = tuple(None if p.head_norm is None else p.head_norm.weight[...] for p in projections)
         return _project(plans, self.eps, x, self.weight[...], weights, head_weights, rotation)
+
+
+def normed_together(*parts: tuple[Float[Array, "B T h D"], RMSNorm]) -> list[Float[Array, "B T h D"]]:
+    """Heads with norms of one eps each: the same bits, and for a single token one pass over all of them."""
+    if parts[0][0].shape[1] > 1:
+        return [norm(heads) for heads, norm in parts]
+    heads = jnp.concatenate([heads for heads, _ in parts], axis=2)
+    weight = jnp.concatenate([jnp.broadcast_to(norm.weight[...], heads.shape[2:]) for heads, norm in parts])
+    (eps,) = {norm.eps for _, norm in parts}
+    normed = _apply(heads, _inverse_rms(heads, exact_mean_square, eps), weight)
+    return jnp.split(normed, np.cumsum([heads.shape[2] for heads, _ in parts])[:-1], axis=2)
 
 
 class Projection(NamedTuple):
