@@ -131,7 +131,8 @@ def for_many_tokens(model: Decoder, rows: Rows) -> tuple[Decoder, Rows]:
 def _has_room_for_copies(arrays: Any) -> bool:
     """Whether these are on a GPU whose memory holds them twice."""
     shards = [shard.data for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards]
-    device = shards[0].devices().pop()
+    # Not `pop`: the set is the array's own.
+    device = next(iter(shards[0].devices()))
     memory = device.memory_stats() if device.platform == "gpu" else None
     if not memory:
         return False

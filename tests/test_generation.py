@@ -137,14 +137,16 @@ def test_copies_are_made_where_a_gpu_has_room(platform, limit, expected):
         def __init__(self):
             self.platform, self.memory_stats = platform, lambda: stats
 
-    holders = {"own": Device(), "other": Device()}
+    holders = {"own": {Device()}, "other": {Device()}}
 
     def array(**sizes):
-        shards = [SimpleNamespace(nbytes=size, devices=lambda at=holders[at]: {at}) for at, size in sizes.items()]
+        shards = [SimpleNamespace(nbytes=size, devices=lambda at=holders[at]: at) for at, size in sizes.items()]
         # A leaf of a pytree, with what is asked of an array.
         return SimpleNamespace(addressable_shards=[SimpleNamespace(data=shard) for shard in shards])
 
     assert decoding._has_room_for_copies([array(own=300, other=900), array(own=150)]) == expected
+    # An array gives its own set of devices away, not a copy.
+    assert [len(devices) for devices in holders.values()] == [1, 1]
 
 
 def test_top_k_one_and_tiny_top_p_are_greedy():
