@@ -129,7 +129,7 @@ def for_many_tokens(model: Decoder, rows: Rows) -> tuple[Decoder, Rows]:
 
 
 def _has_room_for_copies(arrays: Any) -> bool:
-    """Whether these are on a GPU whose memory holds them twice."""
+    """Whether these are on a GPU whose memory holds them twice, and a tenth of it stays free."""
     shards = [shard.data for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards]
     # Not `pop`: the set is the array's own.
     device = next(iter(shards[0].devices()))
@@ -137,7 +137,7 @@ def _has_room_for_copies(arrays: Any) -> bool:
     if not memory:
         return False
     held = sum(shard.nbytes for shard in shards if device in shard.devices())
-    return memory["bytes_limit"] - memory["bytes_in_use"] > held
+    return memory["bytes_in_use"] + held < 0.9 * memory["bytes_limit"]
 
 
 def prefill(

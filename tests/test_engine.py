@@ -65,6 +65,19 @@ def test_requests_that_join_and_leave_get_what_they_get_alone():
     assert (slots._decode._cache_size(), slots._enter._cache_size(), decoding.read_chunk._cache_size()) == compiled
 
 
+def test_layers_side_by_side_serve_the_same(monkeypatch):
+    """What a GPU with room for copies does."""
+    monkeypatch.setattr(decoding, "_has_room_for_copies", lambda arrays: True)
+    engine = engine_of(slots=2)
+    for served in (engine, ENGINE):
+        heard = [submit(served, request)[0] for request in REQUESTS[:3]]
+        drain(served)
+        if served is engine:
+            first = heard
+    for one, other in zip(first, heard, strict=True):
+        assert (one.tokens, one.reason) == (other.tokens, other.reason)
+
+
 @pytest.mark.slow
 def test_dense_models_are_served_too():
     model = make("mha")

@@ -128,7 +128,7 @@ def test_layers_side_by_side_generate_the_same(monkeypatch):
 
 @pytest.mark.parametrize(
     ("platform", "limit", "expected"),
-    [("gpu", 1000, True), ("gpu", 800, False), ("cpu", 1000, False), ("gpu", None, False)],
+    [("gpu", 1060, True), ("gpu", 1050, False), ("cpu", 2000, False), ("gpu", None, False)],
 )
 def test_copies_are_made_where_a_gpu_has_room(platform, limit, expected):
     stats = limit and {"bytes_limit": limit, "bytes_in_use": 500}
