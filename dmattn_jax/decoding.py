@@ -130,10 +130,10 @@ def for_many_tokens(model: Decoder, rows: Rows) -> tuple[Decoder, Rows]:
 
 def _has_room_for_copies(arrays: Any) -> bool:
     """Whether these are on a GPU whose memory holds them twice, and a tenth of it stays free."""
-    shards = [shard.data for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards]
+    shards = [shard.data for leaf in jax.tree.leaves(arrays) for shard in getattr(leaf, "addressable_shards", ())]
     # Not `pop`: the set is the array's own.
-    device = next(iter(shards[0].devices()))
-    memory = device.memory_stats() if device.platform == "gpu" else None
+    device = next(iter(shards[0].devices())) if shards else None
+    memory = device.memory_stats() if device is not None and device.platform == "gpu" else None
     if not memory:
         return False
     held = sum(shard.nbytes for shard in shards if device in shard.devices())
