@@ -16,6 +16,7 @@ from tqdm import tqdm
 from train.config import DataConfig, TrainConfig
 from train.data import training_texts
 from train.errors import ConfigError
+from train.experiments import results as written
 from train.experiments import text
 from train.experiments.jobs import count_done, environment_of, run_jobs, visible_gpus
 from train.experiments.results import RESULT
@@ -94,6 +95,20 @@ def test_a_sweep_shared_interrupted_and_continued(tmp_path):
     assert {result["sharing"] for result in results} == {2}
     assert all(result["tokens_per_second"] > 0 for result in results)
     assert "† up to 2 processes shared the device" in (tmp_path / "table.md").read_text()
+
+
+def test_a_cell_that_was_trained_beside_others_and_then_alone_was_not_alone(tmp_path, monkeypatch):
+    """Its seconds are those of both."""
+    cell = tmp_path / "cell"
+    for jobs, most in ((None, 1), ("3", 3), ("2", 3), (None, 3)):
+        if jobs is None:
+            monkeypatch.delenv(written.JOBS, raising=False)
+        else:
+            monkeypatch.setenv(written.JOBS, jobs)
+        written.note_sharing(cell)
+        assert written.origin(cell)["sharing"] == most
+        assert written.origin()["sharing"] == int(jobs or 1)
+    assert [path.name for path in cell.iterdir()] == [written.SHARED]
 
 
 def test_speeds_are_means_of_those_alone_and_say_who_shared():

@@ -100,7 +100,7 @@ def _train(cell: AblationCell, output: Path, deadline: Deadline) -> int:
         "text": outcome.text,
         **_look(skeleton, config, folder),
         "config": dataclasses.asdict(config),
-        **origin(),
+        **origin(folder),
     }
     write_json(folder / RESULT, result)
     # No command could open it as what it is, and it is the largest of the files.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from train.errors import RunInUseError, TrainingDivergedError
 from train.experiments.deadline import Deadline
-from train.experiments.results import has_diverged, write_diverged
+from train.experiments.results import has_diverged, note_sharing, write_diverged
 from train.monitor import say
 from train.run_directory import FolderLock
 
@@ -50,6 +50,7 @@ def train_missing(
                 if ended(cell):
                     continue  # by another process, since the beginning
                 say(f"cell {number} of {len(missing)}: {cell.name}")
+                note_sharing(output / cell.name)
                 try:
                     code = train(cell)
                 except TrainingDivergedError as error:

@@ -234,7 +234,7 @@ class _Session:
                 {"step": int(row["step"]), "accuracy": float(row["test_accuracy"]), "loss": float(row["loss"])}
                 for row in rows
             ],
-            **origin(),
+            **origin(self.directory.path),
         }
         if self.history.steps:
             result["film"] = film_of(self.history, config, self.programs.skeleton.merge(self.state.params))

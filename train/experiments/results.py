@@ -20,6 +20,8 @@ RESULT = "result.json"
 DIVERGED = "diverged.json"
 JOBS = "DMATTN_JOBS"
 """In the environment: how many processes share this one's accelerator."""
+SHARED = ".sharing"
+"""In a cell's folder: the most that shared one while it was trained."""
 
 
 def sharing() -> int:
@@ -27,14 +29,25 @@ def sharing() -> int:
     return int(os.environ.get(JOBS, "1"))
 
 
-def origin() -> dict[str, Any]:
-    """The device, how many processes shared it, and the versions that numbers were measured with."""
+def note_sharing(folder: Path) -> None:
+    """Says in a cell's folder that it is trained by this process: `origin` gives the most that ever shared a device."""
+    write_text(folder / SHARED, f"{_most_sharing(folder)}\n")
+
+
+def _most_sharing(folder: Path | None) -> int:
+    noted = folder / SHARED if folder else None
+    return max(sharing(), int(noted.read_text(encoding="utf-8")) if noted and noted.exists() else 1)
+
+
+def origin(folder: Path | None = None) -> dict[str, Any]:
+    """The device, how many processes shared it, and the versions that numbers were measured with. folder: of a cell,
+    which several processes may have trained after each other."""
     try:
         own = version("dmattn-jax")
     except PackageNotFoundError:
         own = "a source tree, not installed"
     versions = {"dmattn-jax": own, "jax": jax.__version__, "python": platform.python_version()}
-    return {"device": jax.devices()[0].device_kind, "sharing": sharing(), "versions": versions}
+    return {"device": jax.devices()[0].device_kind, "sharing": _most_sharing(folder), "versions": versions}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -58,7 +71,9 @@ def read_results(output: Path) -> Iterator[dict[str, Any]]:
 
 def write_diverged(folder: Path, config: DataclassInstance, said: str) -> None:
     """A cell whose numbers stopped being finite: trained again it would end the same way, so that is its result."""
-    write_json(folder / DIVERGED, {"name": folder.name, "said": said, "config": dataclasses.asdict(config), **origin()})
+    write_json(
+        folder / DIVERGED, {"name": folder.name, "said": said, "config": dataclasses.asdict(config), **origin(folder)}
+    )
 
 
 def has_diverged(folder: Path, config: DataclassInstance) -> bool:

@@ -92,7 +92,7 @@ def _train(cell: TrainConfig, output: Path, deadline: Deadline) -> int:
         "tokens_per_second": float(np.median(rates)) if rates else None,
         "text": outcome.text,
         "config": dataclasses.asdict(cell),
-        **origin(),
+        **origin(output / cell.name),
     }
     write_json(output / cell.name / RESULT, result)
     report(output)
