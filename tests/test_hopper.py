@@ -20,6 +20,7 @@ from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes, block_sizes,
 from pallas_kernels.gpu.device import SHARED_MEMORY
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import ForwardSizes, attend
+from pallas_kernels.gpu.list_rows import listed_rows
 from pallas_kernels.gpu.ranked import nth_set_bit, set_bits
 from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, gather_rows, key_walks, query_runs
 
@@ -162,6 +163,21 @@ def test_rows_and_their_sums(queries, dim, dtype):
         jnp.asarray(cotangent), intervals, length=length, queries=queries, parts=2, dtype=jnp.float32
     )
     np.testing.assert_allclose(np.concatenate(sums, axis=3), want[:, :length], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(("batch", "kernel"), [(63, True), (64, False)])
+def test_rows_beyond_what_int32_counts_are_copied_by_the_compiler(batch, kernel):
+    key = jax.ShapeDtypeStruct((batch, 1 << 17, 8, 128), jnp.bfloat16)
+    index = jax.ShapeDtypeStruct((batch, 8, 1 << 18), jnp.int32)
+    program = str(jax.make_jaxpr(lambda *arrays: listed_rows(*arrays, 128))(key, key, index))
+    assert ("list_rows" in program) == kernel
+
+
+def test_rows_come_in_whole_programs():
+    key, index = jnp.zeros((1, 9, 1, 64), jnp.float16), jnp.zeros((1, 1, 128), jnp.int32)
+    for changed, granule in (((key[..., :48], index), 128), ((key, index), 64), ((key, index[..., :100]), 128)):
+        with pytest.raises(ValueError, match="multiples of 64"):
+            listed_rows(changed[0], changed[0], changed[1], granule)
 
 
 @pytest.mark.parametrize(

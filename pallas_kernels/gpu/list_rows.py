@@ -40,12 +40,14 @@ def listed_rows(
     index >= S: an empty slot, whose row is 0. On a GPU nothing is written where `granule` slots are empty from the
     first on, so there rows are whatever was in memory; no kernel visits them. Half precision, D a multiple of PART.
     """
-
     if key.shape[3] % PART or index.shape[2] % granule or granule % SLOTS:
         raise ValueError(
             f"head sizes must be multiples of {PART}, slots of the granule and that of {SLOTS}; "
             f"got {key.shape[3]}, {index.shape[2]} and {granule}"
         )
+    if index.size * key.shape[3] // WIDTH > jnp.iinfo(jnp.int32).max:
+        # More vectors than threads can count.
+        return _portable(key, value, index)
     kernel = functools.partial(_kernel, granule=granule)
     return lax.platform_dependent(key, value, index, cuda=kernel, default=_portable)
 
