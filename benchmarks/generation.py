@@ -12,7 +12,6 @@ of them after one token of prompt. The weights are random, and so are the gates:
 from __future__ import annotations
 
 import functools
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -129,14 +128,18 @@ class Bench:
         options = self.options
         length = options.window + options.window // 2 + steps
         tokens = jax.random.randint(jax.random.key(2), (options.batch, length), 0, options.vocab_size)
-        logits = []
-        for cuts in ((0, length), (0, *range(length - steps, length + 1))):
-            rows = empty_rows(self.graph, self.state, options.batch, length)
-            for first, end in itertools.pairwise(cuts):
-                part = tokens[:, first:end]
-                rows = read_chunk(self.graph, self.state, rows, part, jnp.ones_like(part))
-            logits.append(rows.logits)
-        whole, stepwise = logits
+
+        def read(model: DogeForCausalLM, rows: Rows, first: int, end: int) -> Rows:
+            part = tokens[:, first:end]
+            return read_chunk(*nnx.split(model), rows, part, jnp.ones_like(part))
+
+        empty = functools.partial(empty_rows, self.graph, self.state, options.batch, length)
+        whole = read(self.model, empty(), 0, length).logits
+        # The steps by what is timed, which may have its layers in another form.
+        model, rows = for_many_tokens(self.model, read(self.model, empty(), 0, length - steps))
+        for step in range(length - steps, length):
+            rows = read(model, rows, step, step + 1)
+        stepwise = rows.logits
         error = record.rms_ratio(stepwise, whole)
         if not error <= BAR[options.dtype]:
             raise SystemExit(f"decoding with {self.attention} is wrong: RMS ratio {error:.2e}")

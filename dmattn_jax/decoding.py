@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from dmattn_jax.models.decoder import per_layer
 from dmattn_jax.sampling import RowSampling, draw
 
 SMALLEST_BUCKET = 16
@@ -42,7 +41,11 @@ class Decoder(Protocol):
     def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]: ...
 
     def unrolled(self) -> Decoder:
-        """The same decoder with its layers, and the caches that it takes, as a list."""
+        """The same decoder with its layers, and the caches that it takes, as a list; itself if it has them so."""
+        ...
+
+    def from_stack(self, cache: Any) -> Any:
+        """The caches of this decoder before it was unrolled, or its own, as it takes them."""
         ...
 
 
@@ -124,8 +127,8 @@ def for_many_tokens(model: Decoder, rows: Rows) -> tuple[Decoder, Rows]:
     """
     if not _has_room_for_copies((nnx.state(model), rows.cache)):
         return model, rows
-    layers = model.config.num_layers
-    return model.unrolled(), rows._replace(cache=per_layer(rows.cache, layers))
+    decoder = model.unrolled()
+    return decoder, rows._replace(cache=decoder.from_stack(rows.cache))
 
 
 def _has_room_for_copies(arrays: Any) -> bool:

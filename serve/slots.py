@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from dmattn_jax.decoding import Decoder, Drawn, Rows, advance, empty_rows, for_many_tokens, padded, read_chunk
-from dmattn_jax.models.decoder import per_layer
 from dmattn_jax.nn.linear import in_compute_dtype
 from dmattn_jax.sampling import RowSampling, Sampling, row_sampling
 
@@ -31,8 +30,8 @@ class Slots:
         # Prompts are read by the model as it is, whose program for a chunk is short; tokens perhaps by another form.
         decoder, self._rows = for_many_tokens(model, empty_rows(self._graph, self._state, count, max_length))
         self._decoder = nnx.split(decoder)
+        self._from_stack = decoder.from_stack
         self._axes = _batch_axes(decoder, max_length)
-        self._layers = None if decoder is model else model.config.num_layers
         self._options = row_sampling([Sampling()] * count, range(count))
 
     def read(self, row: Rows | None, prompt: np.ndarray, start: int) -> tuple[Rows, int]:
@@ -45,8 +44,7 @@ class Slots:
     def enter(self, row: Rows, slot: int, sampling: Sampling, number: int) -> None:
         """Put a row that has read its prompt in a slot, over whatever was there. number: by which it draws."""
         options = row_sampling([sampling], [number])
-        if self._layers is not None:
-            row = row._replace(cache=per_layer(row.cache, self._layers))
+        row = row._replace(cache=self._from_stack(row.cache))
         self._rows, self._options = _enter(self._axes, self._rows, self._options, row, options, jnp.int32(slot))
 
     def decode(self, active: np.ndarray, top_wanted: bool) -> Drawn:

@@ -124,6 +124,9 @@ def test_layers_side_by_side_generate_the_same(monkeypatch):
         list(generate_stream(MODEL, PROMPTS[2], max_new_tokens=9)) == generate(MODEL, PROMPTS[2:], max_new_tokens=9)[0]
     )
     assert len(asked) == 3
+    # One that is unrolled already stays as it is.
+    given = complete(MODEL.unrolled(), PROMPTS, max_new_tokens=9, sampling=sampling)
+    assert [row.tokens for row in given] == [row.tokens for row in want]
 
 
 @pytest.mark.parametrize(

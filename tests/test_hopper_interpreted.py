@@ -198,7 +198,7 @@ def test_results_that_stand_together_under_the_interpreter(monkeypatch, lines, l
         return own, reads[0](own) - n
 
     def run():
-        return np.asarray(gathers.gathered_lines(body, (source,), lines, length, (jnp.int32,) * 2))
+        return np.asarray(gathers.gathered_lines(body, (source,), lines, length, 2, jnp.int32))
 
     want = run()
     order = np.asarray(source)

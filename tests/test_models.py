@@ -14,7 +14,6 @@ from flax import nnx
 
 from dmattn_jax import nn
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
-from dmattn_jax.models.decoder import per_layer
 from dmattn_jax.models.loss import chunked_cross_entropy
 from dmattn_jax.nn.linear import in_compute_dtype
 from dmattn_jax.oracle import visible_keys_oracle
@@ -199,7 +198,8 @@ def test_unrolled_decoder_is_the_stacked_one(attention, experts):
     # Caches that the stacked decoder filled are taken along, and then both go on.
     present = jnp.asarray(np.arange(T) < 19, jnp.int32)[None].repeat(B, 0)
     _, stacked = decode(model, ids, model.init_cache(B, T), present)
-    listed = per_layer(stacked, model.config.num_layers)
+    listed = unrolled.from_stack(stacked)
+    assert model.from_stack(stacked) is stacked
     assert jax.tree.structure(listed) == jax.tree.structure(unrolled.init_cache(B, T))
     for step in range(19, T):
         want, stacked = decode(model, ids[:, step : step + 1], stacked)

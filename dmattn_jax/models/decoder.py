@@ -179,15 +179,21 @@ class CausalDecoder(nnx.Module):
         """This decoder with its blocks as a list, each with parameters of its own: a copy of them.
 
         For loops over tokens on a GPU, where a loop over layers copies the parameters and caches of every layer out of
-        their stacks, and caches back, for each token. `per_layer` takes caches along.
+        their stacks, and caches back, for each token. `from_stack` takes caches along.
         """
         if self.is_unrolled:
             return self
         graph, parameters = nnx.split(self.blocks)
-        blocks = [nnx.merge(graph, each) for each in per_layer(parameters, self.config.num_layers)]
+        blocks = [nnx.merge(graph, each) for each in _per_layer(parameters, self.config.num_layers)]
         decoder = nnx.merge(*nnx.split(self))
         decoder.blocks = nnx.List(blocks)
         return decoder
+
+    def from_stack(self, cache: Any) -> Any:
+        """The caches of this decoder before it was unrolled, or its own, as it takes them."""
+        if not self.is_unrolled or isinstance(cache, list):
+            return cache
+        return _per_layer(cache, self.config.num_layers)
 
     def layer(self, index: int | jax.Array) -> Any:
         """The block of one layer by itself; an index beyond the last gives the last."""
@@ -227,7 +233,7 @@ class CausalDecoder(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def per_layer(stacked: Any, layers: int) -> list[Any]:
+def _per_layer(stacked: Any, layers: int) -> list[Any]:
     """Arrays with a leading layers axis, as a list of each layer's."""
     return [jax.tree.map(operator.itemgetter(index), stacked) for index in range(layers)]
 

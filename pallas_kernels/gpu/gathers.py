@@ -72,17 +72,19 @@ def gathered_lines(
     operands: Sequence[Num[Array, "..."]],  # noqa: UP037
     lines: int,
     length: int,
-    dtypes: Sequence[DTypeLike],
+    parts: int,
+    dtype: DTypeLike,
 ) -> Num[Array, "lines parts length"]:
-    """`gathered` for count = lines · length, whose results stand together: out[line, o, n] is result o of element n.
+    """`gathered` for count = lines · length, whose `parts` results, of one dtype, stand together: out[line, o, n] is
+    result o of element n of the line.
 
-    dtypes: one for each result, all the same. length: a multiple of a warpgroup's threads.
+    Raises: ValueError unless length is a multiple of a warpgroup's threads.
     """
     chunk = math.gcd(CHUNK, length)
-    if chunk % WARPGROUP or len(set(dtypes)) > 1:
-        raise ValueError(f"length must be a multiple of {WARPGROUP}, and dtypes equal, got {length} and {dtypes}")
+    if chunk % WARPGROUP:
+        raise ValueError(f"length must be a multiple of {WARPGROUP}, got {length}")
     flat = [operand.reshape(-1) for operand in operands]
-    parts, chunks = len(dtypes), length // chunk
+    chunks = length // chunk
 
     def portable(*arrays):
         results = body([entries_of(array) for array in arrays], jnp.arange(lines * length, dtype=jnp.int32))
@@ -97,14 +99,8 @@ def gathered_lines(
             for part, result in enumerate(results):
                 target[pl.ds((line * parts + part) * length + within * chunk, chunk)] = result
 
-        program.__name__ = "gathers"
-        out = plgpu.kernel(
-            program,
-            out_type=jax.ShapeDtypeStruct((lines * parts * length,), dtypes[0]),
-            grid=(lines * chunks,),
-            grid_names=("program",),
-            compiler_params=PARAMETERS,
-        )(*arrays)
+        whole = jax.ShapeDtypeStruct((lines * parts * length,), dtype)
+        out = launch("gathers", program, arrays, lines * chunks, whole)
         return out.reshape(lines, parts, length)
 
     return lax.platform_dependent(*flat, cuda=kernel, default=portable)
@@ -176,18 +172,33 @@ def staged(
     return [tuple(made[index * len(dtypes) :][: len(dtypes)]) for index in range(len(written))]
 
 
-def _launch(program, arrays, count: int, size: int, dtypes, buffers=()) -> tuple[Num[Array, " count"], ...]:
-    """One program for every `size` elements of `count`, the last one padded; buffers: each program's own."""
-    programs = -(-count // size)
-    program.__name__ = "gathers"
-    out = plgpu.kernel(
+def launch(name: str, program: Any, arrays: Any, programs: int, out_type: Any, buffers: Any = ()) -> Any:
+    """Runs program(*arrays, *outputs, *buffers) in so many programs of a warpgroup each, whose axis is "program".
+
+    name: what profilers show. buffers: each program's own.
+    """
+    program.__name__ = name
+    return plgpu.kernel(
         program,
-        out_type=[jax.ShapeDtypeStruct((programs * size,), dtype) for dtype in dtypes],
+        out_type=out_type,
         scratch_types=buffers,
         grid=(programs,),
         grid_names=("program",),
         compiler_params=PARAMETERS,
     )(*arrays)
+
+
+def _launch(program, arrays, count: int, size: int, dtypes, buffers=()) -> tuple[Num[Array, " count"], ...]:
+    """One program for every `size` elements of `count`, the last one padded."""
+    programs = -(-count // size)
+    out = launch(
+        "gathers",
+        program,
+        arrays,
+        programs,
+        [jax.ShapeDtypeStruct((programs * size,), dtype) for dtype in dtypes],
+        buffers,
+    )
     return tuple(array[:count] for array in out)
 
 

@@ -19,7 +19,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.gathers import PARAMETERS, WARPGROUP, iota, read
+from pallas_kernels.gpu.gathers import WARPGROUP, iota, launch, read
 from pallas_kernels.gpu.tree import split
 
 WIDTH = 8
@@ -82,15 +82,10 @@ def _kernel(key, value, index, *, granule: int):
         conditions = (own < length).astype(jnp.int32), (first < length).astype(jnp.int32)
         _copy(*arrays, marks_out, *places, *conditions, team=team)
 
-    program.__name__ = "list_rows"
     rows = jax.ShapeDtypeStruct((batch * slots * heads, dim), key.dtype)
-    *copied, marks = plgpu.kernel(
-        program,
-        out_type=[rows, rows, jax.ShapeDtypeStruct((total // team,), jnp.int32)],
-        grid=(total // VECTORS,),
-        grid_names=("program",),
-        compiler_params=PARAMETERS,
-    )(key.reshape(-1, dim), value.reshape(-1, dim), index.reshape(-1))
+    out_type = [rows, rows, jax.ShapeDtypeStruct((total // team,), jnp.int32)]
+    operands = (key.reshape(-1, dim), value.reshape(-1, dim), index.reshape(-1))
+    *copied, marks = launch("list_rows", program, operands, total // VECTORS, out_type)
     copied = [array.reshape(batch, slots, heads, dim) for array in copied]
     if per_row > team:
         marks = (marks.reshape(-1, per_row // team) != 0).any(-1).astype(jnp.int32)

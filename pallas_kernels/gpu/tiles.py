@@ -145,7 +145,7 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
 
     known = () if intervals.starts_at_key else (intervals.start,)
     operands = (lists.index, broken, bias, intervals.end, *known)
-    meta = gathered_lines(place, operands, batch * kv_heads, count, (jnp.float32,) * 3)
+    meta = gathered_lines(place, operands, batch * kv_heads, count, 3, jnp.float32)
     meta = meta.reshape(batch, kv_heads, 3, count)
     return Rows(key, value, meta, epochs, capacity, lists.carried, size)
 
