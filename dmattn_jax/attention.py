@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -61,6 +62,7 @@ def dynamic_mask_attention(
     if causal:
         blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3], query.dtype)
         intervals = choose_intervals(ranked, windows, documents, query.shape[1], backend, blocks)
+        intervals = dataclasses.replace(intervals, ends_with_row=segment_ids is None and min(windows) >= length)
         return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
     choice = choose_keys(ranked, windows, documents, causal=False)
     chosen = choice.expiry > jnp.arange(length, dtype=jnp.int32)
@@ -116,6 +118,7 @@ def sliding_window_attention(
     else:
         choice = last_keys(windows, documents)
         intervals = lay_out(choice, queries=query.shape[1], window=max(windows), blocks=blocks)
+    intervals = dataclasses.replace(intervals, ends_with_row=segment_ids is None and min(windows) >= length)
     gate = jnp.zeros((batch, length, kv_heads), jnp.promote_types(query.dtype, jnp.float32))
     token = None if segment_ids is None else documents.token
     return _run(query, key, value, gate, intervals, token, scale, backend, blocks)

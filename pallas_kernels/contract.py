@@ -68,15 +68,19 @@ class Intervals:
     lists: the same fact by epochs of queries, or None for the identity layout, in which every block of queries
     looks through all keys in their own order and skips the blocks that it cannot see.
     starts_at_key: whether start[b, k, s] is s everywhere, as without a look ahead: bounds of blocks need not be sought.
+    ends_with_row: whether end[b, k, s] is S wherever bias[b, s, k] is not −inf, as without documents in a window of S.
     """
 
     start: Int32[Array, "B K S"]
     end: Int32[Array, "B K S"]
     lists: EpochLists | None = None
     starts_at_key: bool = False
+    ends_with_row: bool = False
 
 
-jax.tree_util.register_dataclass(Intervals, data_fields=["start", "end", "lists"], meta_fields=["starts_at_key"])
+jax.tree_util.register_dataclass(
+    Intervals, data_fields=["start", "end", "lists"], meta_fields=["starts_at_key", "ends_with_row"]
+)
 
 
 class Normalizer(NamedTuple):

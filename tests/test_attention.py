@@ -156,18 +156,20 @@ def test_precision(implementation, dtype, window):
         assert np.abs(ours - exact).max() <= 2 * np.abs(theirs - exact).max() + slack, name
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_rows_without_keys_are_zero(implementation, share):
+@pytest.mark.parametrize(("share", "window"), [(0.0, 17), (0.3, 17), (1.0, 17), (0.3, 131)])
+def test_rows_without_keys_are_zero(implementation, share, window):
     """Padding queries and queries all of whose keys have gate −inf: output and every gradient exactly 0."""
     case = make_case(gate="random")
     hidden = np.random.default_rng(0).random((2, 131)) < share
     hidden[:, :9] |= share > 0
     gate = np.where(hidden[..., None], -np.inf, case.gate).astype(np.float32)
     ids = np.where(np.arange(131) % 7 == 3, 0, 1).astype(np.int32) * np.ones((2, 1), np.int32)
-    case = Case(case.query, case.key, case.value, gate, case.cotangent, 17, ids)
+    # A window of the whole row is one document without padding.
+    ids = ids if window < 131 else None
+    case = Case(case.query, case.key, case.value, gate, case.cotangent, window, ids)
     check(case, implementation)
     got = evaluate(case, implementation)
-    token = ids != 0
+    token = np.ones((2, 131), bool) if ids is None else ids != 0
     seen = np.cumsum(~hidden & token, axis=1) > 0
     blind = ~(seen & token)
     np.testing.assert_array_equal(got[0][blind], 0)
@@ -253,17 +255,19 @@ def test_relatives_without_a_gate(implementation, segments):
     assert_close(run(flat, dtype, sliding)[:4], truth(flat, masked)[:4], **bounds)
 
 
-@pytest.mark.parametrize("window", [17, 500])
+@pytest.mark.parametrize(("window", "packed"), [(17, True), (500, True), (500, False)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_masked_places_may_hold_anything(implementation, window, bad):
+def test_masked_places_may_hold_anything(implementation, window, packed, bad):
     """NaN in keys and values that are padding, have gate −inf, or lie in the future: nothing else changes a bit."""
-    ids = np.repeat([1, 0, 2], [50, 20, 61])[None].repeat(2, 0).astype(np.int32)
+    ids = np.repeat([1, 0, 2], [50, 20, 61])[None].repeat(2, 0).astype(np.int32) if packed else None
     case = make_case(gate="holes", window=window)
     clean = Case(case.query, case.key, case.value, case.gate, case.cotangent, window, ids)
-    hidden = (ids == 0)[..., None] | np.isneginf(case.gate)
+    padding = ids == 0 if packed else np.zeros((2, 131), bool)
+    hidden = padding[..., None] | np.isneginf(case.gate)
+    assert hidden.any()
     dirty_key, dirty_value = (np.where(hidden[..., None], bad, array) for array in (case.key, case.value))
-    padded_query = np.where((ids == 0)[..., None, None], bad, case.query)
-    padded_cotangent = np.where((ids == 0)[..., None, None], bad, case.cotangent)
+    padded_query = np.where(padding[..., None, None], bad, case.query)
+    padded_cotangent = np.where(padding[..., None, None], bad, case.cotangent)
     dirty = Case(padded_query, dirty_key, dirty_value, case.gate, padded_cotangent, window, ids)
     for left, right in zip(evaluate(dirty, implementation), evaluate(clean, implementation), strict=True):
         np.testing.assert_array_equal(left, right)

@@ -1,5 +1,6 @@
 """Continuous batching: whoever shares the slots, and whenever it joins, a request gets what it gets alone."""
 
+import numpy as np
 import pytest
 from test_generation import LONG, MODEL, PROMPTS, make
 
@@ -88,8 +89,10 @@ def test_dense_models_are_served_too():
 
 
 def test_a_row_of_a_dynamic_mask_model_is_its_window():
-    rows = engine_of(max_length=1 << 20)._slots._rows
-    assert rows.cache.keys.shape == (2, 3, 2, 7, 10)
+    cache = engine_of(max_length=1 << 20)._slots._rows.cache
+    # A GPU with room has a cache a layer.
+    keys = cache.keys if hasattr(cache, "keys") else np.stack([layer.keys for layer in cache])
+    assert keys.shape == (2, 3, 2, 7, 10)
 
 
 def test_stop_tokens_and_logprobs():

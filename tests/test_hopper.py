@@ -12,7 +12,7 @@ from dmattn_jax import dynamic_mask_attention
 from dmattn_jax.documents import document_bounds
 from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys
-from pallas_kernels import BlockSizes
+from pallas_kernels import BlockSizes, Intervals
 from pallas_kernels.gpu import MOSAIC_GPU, scratch
 from pallas_kernels.gpu.backward_key import KeyGradientSizes, key_gradients, parts_of
 from pallas_kernels.gpu.backward_query import QueryGradientSizes, query_gradient
@@ -234,6 +234,24 @@ def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length,
                 assert set(np.flatnonzero(meets[at])) <= set(range(first, first + count))
                 assert wholly[at][first + lead : first + lead + whole].all()
                 assert whole == 0 or lead + whole <= count
+
+
+@pytest.mark.parametrize(("length", "queries"), [(677, 677), (677, 331), (256, 256), (129, 1)])
+def test_bounds_that_tracing_knows_are_those_that_are_sought(length, queries):
+    """A row that its last query sees whole: the tables are part of the program, and equal."""
+    shape = (BATCH, 3, length)
+    start = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
+    intervals = Intervals(start, jnp.full(shape, length, jnp.int32), starts_at_key=True, ends_with_row=True)
+    key, gate = jnp.zeros((BATCH, length, 3, 64), jnp.bfloat16), jnp.zeros((BATCH, length, 3))
+    rows = gather_rows(key, key, gate, intervals, queries=queries)
+    sought = dataclasses.replace(rows, offset=None, filled=None)
+    for size in (64, 128):
+        assert all(isinstance(bound, np.ndarray) for bound in (*rows.starts(size), *rows.ends(size)))
+        np.testing.assert_array_equal(query_runs(rows, queries, size), query_runs(sought, queries, size))
+        walks, walks_sought = (np.asarray(key_walks(each, size, 64)) for each in (rows, sought))
+        np.testing.assert_array_equal(walks[:, :, 2:], walks_sought[:, :, 2:])
+        visited = walks[:, :, 3] > 0
+        np.testing.assert_array_equal(walks[:, :, 0][visited], walks_sought[:, :, 0][visited])
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,23 @@ def test_kernels_without_races_under_the_interpreter(monkeypatch, name):
         assert rms_ratio(got[4], want[4]) <= 1e-5
 
 
-@pytest.mark.parametrize(("place", "dim"), [("key", 64), ("value", 64), ("value", 256)] if AVAILABLE else ())
-def test_nan_under_a_mask_stays_there_under_the_interpreter(monkeypatch, place, dim):
+HIDDEN = [
+    ("key", 64, 37, "packed"),
+    ("value", 64, 37, "packed"),
+    ("value", 256, 37, "packed"),
+    ("key", 64, 151, "none"),
+]
+
+
+@pytest.mark.parametrize(("place", "dim", "window", "segments"), HIDDEN if AVAILABLE else ())
+def test_nan_under_a_mask_stays_there_under_the_interpreter(monkeypatch, place, dim, window, segments):
     """A key that no query ever sees may hold anything."""
-    case = rounded(make_case(batch=1, keys=151, kv_heads=1, dim=dim, window=37, segments="packed"), "bfloat16")
+    case = rounded(make_case(batch=1, keys=151, kv_heads=1, dim=dim, window=window, segments=segments), "bfloat16")
+    # In a tile that the later queries see whole.
     case.gate[0, 100] = -np.inf
     interpret(monkeypatch)
     without = run(case, "bfloat16", implementation="mosaic_gpu")
-    getattr(case, place)[0, 100] = np.nan
+    getattr(case, place)[np.isneginf(case.gate)] = np.nan
     got = run(case, "bfloat16", implementation="mosaic_gpu")
     for left, right in zip(got, without, strict=True):
         assert np.isfinite(np.asarray(left, np.float32)).all()

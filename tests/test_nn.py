@@ -21,6 +21,8 @@ WINDOW = (5, 3, 7)
 SEGMENTS = np.array([[1] * 8 + [2] * 8 + [0] * 3, [3] * 3 + [1] * 16], np.int32)
 KINDS = ("dma", "linear", "swa", "mha")
 
+float32_products = pytest.mark.usefixtures("float32_products")
+
 
 def make(kind: str, window=WINDOW, **changes) -> nnx.Module:
     sizes = {"hidden_size": M, "num_heads": H, "num_kv_heads": K, "head_dim": D, "rngs": nnx.Rngs(7), "init_std": 0.2}
@@ -96,6 +98,7 @@ def reference(layer, x, segments, kind, visible=None) -> np.ndarray:
     return np.einsum("bthd,hdm->btm", out, w["out"])
 
 
+@float32_products
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_layer_is_its_equations(kind, packed):
@@ -105,6 +108,7 @@ def test_layer_is_its_equations(kind, packed):
     np.testing.assert_allclose(out, reference(layer, x, segments, kind), rtol=2e-5, atol=2e-5)
 
 
+@float32_products
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_gradients_are_the_slopes_of_its_equations(kind):
     layer, x = trained(make(kind)), inputs()
@@ -142,6 +146,7 @@ def test_gate_parameters_and_values_learn_only_through_the_bias():
     np.testing.assert_array_equal(gradients["gate"]["delta"][...], 0)
 
 
+@float32_products
 @pytest.mark.parametrize("activation", ["exp", "linear"])
 def test_untrained_dynamic_mask_is_a_sliding_window(activation):
     dynamic, sliding = make("linear" if activation == "linear" else "dma"), make("swa")
@@ -190,6 +195,7 @@ def test_gate_is_the_equation_and_picks_the_reference_keys():
     np.testing.assert_array_equal(picked, wanted)
 
 
+@float32_products
 def test_a_gate_step_asks_for_a_margin():
     """δ in multiples of the step, its gradient untouched; where a coarse step ties all, a sliding window."""
     exact, stepped = (trained(make("dma", gate_step=step)) for step in (0.0, 0.25))
@@ -286,6 +292,7 @@ def test_broken_rows_and_columns_have_nan_values_and_no_others(rows):
         np.testing.assert_array_equal(values[0, :-1], whole[0, :-1])
 
 
+@float32_products
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("tokens", [(1, 1), (1, 2), (3, 1)])
 def test_products_are_rounded_once(dtype, tokens):
@@ -373,6 +380,7 @@ def test_rms_norm_is_its_equation_and_float32_inside():
     np.testing.assert_allclose(large[0], np.linspace(-1, 2, M), rtol=2e-3, atol=1e-3)
 
 
+@float32_products
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_norm_before_projections_has_the_values_and_slopes_of_its_equation(dtype):
     # A row of zeros, and one of so little that eps is most of its mean square, and of its heads'.
@@ -428,6 +436,7 @@ def test_rope_turns_pairs_and_depends_on_distance_alone():
         nn.apply_rope(q[..., :7], jnp.zeros((1, 1), jnp.int32))
 
 
+@float32_products
 def test_swiglu_is_its_equation():
     mlp = nn.SwiGLU(M, 31, init_std=0.3, rngs=nnx.Rngs(1))
     x = inputs().astype(np.float64)
@@ -517,6 +526,7 @@ def test_cdmoe_gathers_a_bounded_number_of_rows():
     assert memory.temp_size_in_bytes < 100 * 2**20
 
 
+@float32_products
 @pytest.mark.parametrize("kind", ["dma", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("swa", "mha"))])
 def test_layer_runs_in_jit_grad_scan_and_remat(kind):
     x = jnp.asarray(inputs())

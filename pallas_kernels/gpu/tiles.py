@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ GRANULE = 128
 
 
 Bounds = Float[Array, "B K E tiles"] | Float[np.ndarray, "tiles"]
+"""Of tiles of rows; numbers where the compiler can know them, one for all heads."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Rows:
     carried: slots of each list's first part, 0 in the identity layout, whose one list is all keys in order.
     epoch_size: queries of a list; all of them in the identity layout.
     offset: in an identity layout whose row n is visible from position n - offset on, that number; else None.
+    filled: where, besides, the last query sees all rows that hold a key, how many those are; else None.
     """
 
     key: Float[Array, "B R K D"]
@@ -48,6 +51,7 @@ class Rows:
     carried: int
     epoch_size: int
     offset: int | None = None
+    filled: int | None = None
 
     def starts(self, size: int) -> tuple[Bounds, Bounds]:
         """The earliest and the latest first position of each tile of `size` rows; numbers where they are known."""
@@ -56,9 +60,13 @@ class Rows:
         first = size * np.arange(self.capacity // size, dtype=np.float32) - self.offset
         return first, first + (size - 1)
 
-    def ends(self, size: int) -> tuple[Float[Array, "B K E tiles"], Float[Array, "B K E tiles"]]:
-        """The earliest and the latest end of each tile of `size` rows."""
-        return self._bounds(2, size)
+    def ends(self, size: int) -> tuple[Bounds, Bounds]:
+        """The earliest and the latest end of each tile of `size` rows; numbers where they are known."""
+        if self.offset is None or self.filled is None:
+            return self._bounds(2, size)
+        first = size * np.arange(self.capacity // size)
+        never, end = np.float32([-1, self.filled - self.offset])
+        return np.where(first + size <= self.filled, end, never), np.where(first < self.filled, end, never)
 
     def _bounds(self, which: int, size: int) -> tuple[jax.Array, jax.Array]:
         part = self.meta[:, :, which]
@@ -67,7 +75,9 @@ class Rows:
 
 
 jax.tree_util.register_dataclass(
-    Rows, data_fields=["key", "value", "meta"], meta_fields=["epochs", "capacity", "carried", "epoch_size", "offset"]
+    Rows,
+    data_fields=["key", "value", "meta"],
+    meta_fields=["epochs", "capacity", "carried", "epoch_size", "offset", "filled"],
 )
 
 
@@ -101,12 +111,14 @@ def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
     length = key.shape[1]
     # In a kernel of its own: where it is fused with the stacking of what a key has, each number looks at a whole row.
     finite = lax.optimization_barrier((jnp.isfinite(key) & jnp.isfinite(value)).all(-1))
-    bias = jnp.where(finite, bias * LOG2E, jnp.nan)
+    # What −inf hides is hidden whatever it holds.
+    bias = jnp.where(finite | jnp.isneginf(bias), bias * LOG2E, jnp.nan)
     # Element by element, which fuses with what makes the array; the row's bias is NaN all the same.
     key, value = (jnp.where(jnp.isfinite(array), array, 0) for array in (key, value))
     offset = length - queries
     epoch_size = padded_length(queries)
-    bounds = (jnp.moveaxis(array, 1, 2) - offset for array in (intervals.start, intervals.end))
+    ends = jnp.full_like(intervals.end, length) if intervals.ends_with_row else intervals.end
+    bounds = (jnp.moveaxis(array, 1, 2) - offset for array in (intervals.start, ends))
     start, end = (jnp.clip(array, -1, epoch_size + 1) for array in bounds)
 
     def whole(array, fill: int):
@@ -115,8 +127,8 @@ def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
 
     columns = (whole(bias, 0), whole(start, epoch_size + 1), whole(end, -1))
     meta = jnp.stack([jnp.moveaxis(column.astype(jnp.float32), 1, 2) for column in columns], axis=2)
-    known = offset if intervals.starts_at_key else None
-    return Rows(whole(key, 0), whole(value, 0), meta, 1, meta.shape[3], 0, epoch_size, known)
+    known = (offset if intervals.starts_at_key else None, length if intervals.ends_with_row else None)
+    return Rows(whole(key, 0), whole(value, 0), meta, 1, meta.shape[3], 0, epoch_size, *known)
 
 
 def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, queries: int) -> Rows:
@@ -173,36 +185,48 @@ def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 ti
     else:
         skipped = _before_first(latest_end > first_query)
         begun, alive = _after_last(earliest_start <= last_query), _after_last(latest_end > first_query)
-        visited = jnp.maximum(jnp.minimum(begun, alive) - skipped, 0)
-        carried = jnp.zeros_like(visited)
-        wholly = jnp.minimum(_before_first(latest_start > first_query), _before_first(earliest_end <= last_query))
-        whole = jnp.where(skipped == 0, jnp.minimum(wholly, visited), 0)
-    runs = jnp.stack([whole, carried, skipped, visited], axis=2)
-    return runs.reshape(*runs.shape[:3], -1)[..., :tiles]
+        use = _namespace(begun, alive, skipped)
+        visited = use.maximum(use.minimum(begun, alive) - skipped, 0)
+        carried = use.zeros_like(visited)
+        wholly = use.minimum(_before_first(latest_start > first_query), _before_first(earliest_end <= last_query))
+        whole = use.where(skipped == 0, use.minimum(wholly, visited), 0)
+    return _of_every_head(rows, whole, carried, skipped, visited)[..., :tiles]
 
 
 def _before_first(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
     """How many tiles stand before the first that is found."""
-    where = np.where if isinstance(found, np.ndarray) else jnp.where
-    return where(found, np.arange(found.shape[-1], dtype=np.int32), np.int32(found.shape[-1])).min(-1)
+    number = np.arange(found.shape[-1], dtype=np.int32)
+    return _namespace(found).where(found, number, np.int32(found.shape[-1])).min(-1)
 
 
 def _after_last(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
     """How many tiles it takes from the first on to have all that are found."""
-    where = np.where if isinstance(found, np.ndarray) else jnp.where
-    return where(found, np.arange(1, found.shape[-1] + 1, dtype=np.int32), np.int32(0)).max(-1)
+    number = np.arange(1, found.shape[-1] + 1, dtype=np.int32)
+    return _namespace(found).where(found, number, np.int32(0)).max(-1)
+
+
+def _namespace(*arrays: Array | np.ndarray) -> ModuleType:
+    """NumPy for what is known when the program is traced, which is then part of it and costs no kernel."""
+    return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
+
+
+def _of_every_head(rows: Rows, *counts: Int32[Array | np.ndarray, "*n"]) -> Int32[Array, "B K 4 tiles"]:
+    """Four counts of each tile together, [tiles] or [B, K, E, tiles of one epoch]."""
+    use = _namespace(*counts)
+    shape = (rows.key.shape[0], rows.key.shape[2], rows.epochs, counts[0].shape[-1])
+    together = use.stack([use.broadcast_to(count, shape) for count in counts], axis=2)
+    return jnp.asarray(together.reshape(*shape[:2], len(counts), -1), jnp.int32)
 
 
 def key_walks(rows: Rows, block_k: int, block_q: int) -> Int32[Array, "B K 4 tiles"]:
     """Which tiles of block_q queries of its epoch each tile of keys visits: the first, how many before those that see
     it whole, how many see it whole, how many in all."""
-    earliest_end, latest_end = (jnp.clip(end, 0, rows.epoch_size) for end in rows.ends(block_k))
-    earliest_start, latest_start = (
-        jnp.broadcast_to(jnp.maximum(start, 0), latest_end.shape) for start in rows.starts(block_k)
-    )
-    first, until = jnp.floor(earliest_start / block_q), jnp.ceil(latest_end / block_q)
-    visited = jnp.maximum(until - first, 0)
-    begun, outlives = jnp.ceil(latest_start / block_q), jnp.floor(earliest_end / block_q)
-    whole = jnp.maximum(outlives - begun, 0)
-    walks = jnp.stack([first, begun - first, whole, visited], axis=2).astype(jnp.int32)
-    return walks.reshape(*walks.shape[:3], -1)
+    bounds = (*rows.starts(block_k), *rows.ends(block_k))
+    use = _namespace(*bounds)
+    earliest_start, latest_start = (use.maximum(start, 0) for start in bounds[:2])
+    earliest_end, latest_end = (use.clip(end, 0, rows.epoch_size) for end in bounds[2:])
+    first, until = use.floor(earliest_start / block_q), use.ceil(latest_end / block_q)
+    visited = use.maximum(until - first, 0)
+    begun, outlives = use.ceil(latest_start / block_q), use.floor(earliest_end / block_q)
+    whole = use.maximum(outlives - begun, 0)
+    return _of_every_head(rows, first, begun - first, whole, visited)
