@@ -23,6 +23,13 @@ def available() -> bool:
     return bool(torch.cuda.is_available())
 
 
+def out_of_memory() -> type[Exception]:
+    """What torch raises where the device's memory does not suffice."""
+    import torch
+
+    return torch.cuda.OutOfMemoryError
+
+
 def peers(
     length: int, heads: int, kv_heads: int, head_dim: int, expiry: np.ndarray, gate: np.ndarray
 ) -> Iterator[tuple[str, Callable[..., Any]]]:
