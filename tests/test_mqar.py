@@ -167,6 +167,24 @@ def test_a_gate_may_learn_at_another_rate(change):
         np.testing.assert_array_equal(changed[name], moved)
 
 
+def test_a_gate_that_stays_still_is_a_sliding_window():
+    """The control of the comparison: from equal parameters the two learn the same."""
+    still, sliding = (
+        make_programs(resolve(dataclasses.replace(TINY, dtype="float32", **changes)))
+        for changes in ({"change": "still_gate"}, {"attention": "swa"})
+    )
+    begin = still.initial()
+    # Training consumes what it is given.
+    shared = {name: jnp.array(begin.params[name]) for name in sliding.initial().params}
+    learned = still.train(begin)[0].params
+    expected = sliding.train(dataclasses.replace(sliding.initial(), params=shared))[0].params
+    assert set(learned) - set(expected) == {
+        f"blocks.{n}.attention.gate.{name}" for n in (0, 1) for name in ("A", "delta")
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(learned[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [name for name in CHANGES if name not in GATE_RATES])
 def test_every_change_learns_and_draws_its_own_masks(change, tmp_path):
@@ -302,15 +320,18 @@ def test_the_papers_sweep_is_its_recipe():
 
 def finished(attention: str, dim: int, seed: int, accuracy: float, stopped: str) -> dict:
     config = resolve(MQARConfig(attention=attention, length=64, pairs=4, dim=dim, seed=seed))  # type: ignore[arg-type]
+    history = [{"step": step, "accuracy": step / 30 * accuracy, "loss": 1.0} for step in (10, 20, 30)]
     return {
         "name": config.name, "config": dataclasses.asdict(config), "accuracy": accuracy, "stopped": stopped,
+        "history": history,
     }  # fmt: skip
 
 
 def test_report_is_the_mean_and_spread_of_the_cells_that_are_done(tmp_path):
     cells = [
         finished("mha", 32, 0, 0.5, "epochs"),
-        finished("mha", 32, 1, 0.7, "target"),
+        finished("mha", 32, 1, 0.75, "target"),
+        finished("mha", 32, 2, 0.1, "epochs"),
         finished("dma", 64, 0, 0.25, "time"),
     ]
     for cell in cells:
@@ -319,8 +340,9 @@ def test_report_is_the_mean_and_spread_of_the_cells_that_are_done(tmp_path):
     report(tmp_path)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0] == "| width | attention | 64 (4 pairs) |"
-    assert lines[2:4] == ["| 32 | MHA | 0.600 ± 0.141 |", "| 64 | DMA | 0.250* |"]
-    assert "stopped by its minutes" in lines[-1]
+    assert lines[2:4] == ["| 32 | MHA | 0.450 ± 0.328 |", "| 64 | DMA | 0.250* |"]
+    assert "stopped by its minutes" in lines[5]
+    assert lines[-2:] == ["| 32 | MHA | 20, 30, never |", "| 64 | DMA | never |"]
     assert json.loads((tmp_path / "results.json").read_text()) == sorted(cells, key=lambda cell: cell["name"])
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     with pytest.raises(ConfigError, match="no finished cell"):

@@ -65,7 +65,7 @@ class Rows:
         if self.offset is None or self.filled is None:
             return self._bounds(2, size)
         first = size * np.arange(self.capacity // size)
-        never, end = np.float32([-1, self.filled - self.offset])
+        never, end = np.float32(-1), np.float32(self.filled - self.offset)
         return np.where(first + size <= self.filled, end, never), np.where(first < self.filled, end, never)
 
     def _bounds(self, which: int, size: int) -> tuple[jax.Array, jax.Array]:

@@ -37,7 +37,19 @@ MEASURED_ROWS = 8
 COLOURS: dict[AblationName, str] = dict(
     zip(
         NAMES,
-        ("#f08a24", "#8a94a6", "#3d7ea6", "#6a994e", "#8d5a97", "#b23a48", "#2a9d8f", "#1d3557", "#c9a227", "#111111"),
+        (
+            "#f08a24",
+            "#8a94a6",
+            "#3d7ea6",
+            "#6a994e",
+            "#8d5a97",
+            "#b23a48",
+            "#7f5539",
+            "#2a9d8f",
+            "#1d3557",
+            "#c9a227",
+            "#111111",
+        ),
         strict=True,
     )
 )

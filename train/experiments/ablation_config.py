@@ -14,7 +14,17 @@ from train.experiments.base import on_real_text
 from train.resolve import resolve
 
 AblationName = Literal[
-    "dma", "swa", "earlier_ties", "linear_gate", "windows", "hidden_gate", "margin", "half_recent", "all_keys", "mha"
+    "dma",
+    "swa",
+    "earlier_ties",
+    "linear_gate",
+    "windows",
+    "hidden_gate",
+    "detached_gate",
+    "margin",
+    "half_recent",
+    "all_keys",
+    "mha",
 ]
 NAMES: tuple[AblationName, ...] = get_args(AblationName)
 MARGIN = 0.1
@@ -26,6 +36,7 @@ MEANINGS: dict[AblationName, str] = {
     "linear_gate": "δ = A · softplus(v · Δ), without the exp",
     "windows": "a window for each kv head, from w/2 to 3w/2",
     "hidden_gate": "gate from the layer's input instead of its values",
+    "detached_gate": "values learn nothing from the gate, which learns from them",
     "half_recent": "half of the window for the last keys, half for chosen ones",
     "all_keys": "a window as long as the row: every key is seen, and the gate is a bias alone",
     "mha": "dense attention, without a gate",

@@ -153,9 +153,18 @@ class HiddenGateAttention(nn.DynamicMaskAttention):
         raise NotImplementedError("hidden_gate is trained and measured on whole texts, not decoded")
 
 
+class DetachedGateAttention(nn.DynamicMaskAttention):
+    """Values learn by what is read of them alone; the gate learns from them, and they nothing from it."""
+
+    def _attend(self, query, key, value, segment_ids):
+        gate = self.gate(jax.lax.stop_gradient(value))
+        return attend(dynamic_mask_attention, query, key, value, gate, segment_ids=segment_ids, windows=self.windows)
+
+
 LAYERS: Mapping[str, type[nn.DynamicMaskAttention]] = {
     "earlier_ties": EarlierFirstAttention,
     "hidden_gate": HiddenGateAttention,
+    "detached_gate": DetachedGateAttention,
     "half_recent": HalfRecentAttention,
 }
 """Ablations that are layers of their own, by name."""

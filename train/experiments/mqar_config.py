@@ -16,13 +16,24 @@ from train.experiments.variants import VARIANTS
 TOKENS_PER_STEP = 65_536
 
 Change = Literal[
-    "none", "earlier_ties", "linear_gate", "hidden_gate", "slow_gate", "fast_gate", "margin", "half_recent", "all_keys"
+    "none",
+    "earlier_ties",
+    "linear_gate",
+    "hidden_gate",
+    "detached_gate",
+    "still_gate",
+    "slow_gate",
+    "fast_gate",
+    "margin",
+    "half_recent",
+    "all_keys",
 ]
 CHANGES: tuple[Change, ...] = get_args(Change)
-GATE_RATES: dict[Change, float] = {"slow_gate": 0.1, "fast_gate": 10.0}
+GATE_RATES: dict[Change, float] = {"still_gate": 0.0, "slow_gate": 0.1, "fast_gate": 10.0}
 MEANING_OF_CHANGES: dict[Change, str] = {
     **{name: MEANINGS[name] for name in CHANGES if name in MEANINGS},
     **{name: f"the gate's two parameters learn at {rate:g} times the rate" for name, rate in GATE_RATES.items()},
+    "still_gate": "the gate stays as it begins, all keys equal: a sliding window, as a control",
 }
 
 
@@ -47,7 +58,8 @@ class MQARConfig:
     """Keys a query sees (`dma`, `swa`), recent keys of `nsa`; None: 512, and length / 2 where that is less."""
     change: Change = "none"
     """One thing that is not as published in `dma`: those of `dmattn ablation`, and a gate that learns at a tenth of the
-    rate or at ten times of it. `margin` sets gate-step, `linear_gate` gate-activation, `all_keys` the window."""
+    rate, at ten times of it, or not at all (`still_gate`: a sliding window, as a control). `margin` sets gate-step,
+    `linear_gate` gate-activation, `all_keys` the window."""
     gate_activation: GateActivation = "exp"
     """`linear` leaves out the exponential of δ (`dma`)."""
     gate_step: float = 0.0

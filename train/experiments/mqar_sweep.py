@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def run_sweep(sweep: MQARSweep, output: Path, max_minutes: float | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Cells that differ in their seed alone. accuracy: the last test of each."""
+    """Cells that differ in their seed alone. accuracy: the last test of each. half_right: the step of the first test in
+    which half of the answers were right, in rising order; None where that never was."""
 
     attention: AttentionKind
     change: Change
@@ -61,6 +63,7 @@ class Group:
     dim: int
     accuracy: tuple[float, ...]
     stopped: tuple[str, ...]
+    half_right: tuple[int | None, ...]
 
     @property
     def label(self) -> str:
@@ -83,9 +86,19 @@ def group_results(results: Iterator[dict[str, Any]]) -> list[Group]:
         config = result["config"]
         cells[*_compared(result), config["length"], config["pairs"], config["dim"]].append(result)
     return [
-        Group(*key, tuple(cell["accuracy"] for cell in found), tuple(cell["stopped"] for cell in found))
+        Group(
+            *key,
+            tuple(cell["accuracy"] for cell in found),
+            tuple(cell["stopped"] for cell in found),
+            tuple(sorted(map(_half_right, found), key=lambda step: math.inf if step is None else step)),
+        )
         for key, found in sorted(cells.items())
     ]
+
+
+def _half_right(result: dict[str, Any]) -> int | None:
+    """Where a cell leaves its plateau, on which it knows of an answer no more than that it is one of the values."""
+    return next((row["step"] for row in result["history"] if row["accuracy"] >= 0.5), None)
 
 
 def _compared(result: dict[str, Any]) -> tuple[AttentionKind, Change]:
@@ -113,16 +126,34 @@ def report(output: Path) -> None:
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """Accuracies, what was changed where anything was, and speeds."""
+    """Accuracies, where plateaus ended, what was changed where anything was, and speeds."""
     groups = group_results(iter(results))
-    return _table(groups) + _changes(groups) + _speeds(results)
+    return _accuracies(groups) + _plateaus(groups) + _changes(groups) + _speeds(results)
 
 
-def _table(groups: list[Group]) -> str:
-    """Accuracy as Markdown: widths and variants by lengths."""
+def _accuracies(groups: list[Group]) -> str:
+    lines = _table(groups, lambda group: group.text)
+    if any(group.text.endswith("*") for group in groups):
+        lines += ["", "\\* stopped by its minutes, before the target and the last epoch"]
+    return "\n".join(lines) + "\n"
+
+
+def _plateaus(groups: list[Group]) -> str:
+    """Steps until half of the answers are right, after a blank line; of every seed, since a mean of two ends says
+    nothing of either."""
+
+    def text(group: Group) -> str:
+        return ", ".join("never" if step is None else f"{step:,}" for step in group.half_right)
+
+    lines = ["", "Steps until half of the answers were right, of each seed:", "", *_table(groups, text)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(groups: list[Group], text: Callable[[Group], str]) -> list[str]:
+    """Markdown: widths and variants by lengths."""
     tasks = sorted({(group.length, group.pairs) for group in groups})
     rows = sorted({(g.dim, *_place(g.attention, g.change), g.label) for g in groups}, key=lambda row: row[:3])
-    found = {(group.label, group.dim, group.length, group.pairs): group.text for group in groups}
+    found = {(group.label, group.dim, group.length, group.pairs): text(group) for group in groups}
     lines = [
         "| width | attention | " + " | ".join(f"{length:,} ({pairs} pairs)" for length, pairs in tasks) + " |",
         "|---|---|" + "---|" * len(tasks),
@@ -130,9 +161,7 @@ def _table(groups: list[Group]) -> str:
     for dim, *_, label in rows:
         cells = " | ".join(found.get((label, dim, *task), "") for task in tasks)
         lines.append(f"| {dim} | {label} | {cells} |")
-    if any(group.text.endswith("*") for group in groups):
-        lines += ["", "\\* stopped by its minutes, before the target and the last epoch"]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _changes(groups: list[Group]) -> str:
