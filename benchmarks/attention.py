@@ -36,6 +36,9 @@ PORTABLE_LENGTH = 8192
 """Where a faster implementation runs, the portable one is measured up to here only."""
 DENSE_LENGTH = 1 << 17
 """Dense attention is measured up to here: at a million tokens forward and backward are a minute."""
+TOKENS_OF_A_PROGRAM = 8192
+"""Of shorter rows a timed program has so many: what a machine takes to learn that a queue has ended, some 50 µs more or
+less, is then little beside it."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def matrix_product(dtype: str, repeats: int) -> float:
 
 def rows_of(options: Options, length: int, window: int, gate: str, ceiling: float, *, dense: bool) -> list[Row]:
     """dense: with cuDNN's dense attention, and PyTorch's, which have no window."""
-    *inputs, cotangent = make_inputs(options, length, gate)
+    inputs = make_inputs(options, length, gate)
     rows = []
 
     def keep(row: Row, dense: bool) -> None:
@@ -162,9 +165,8 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
     table = peers(window)
     fastest = next(entry for name, entry in IMPLEMENTATIONS.items() if f"dma {name}" in table)
     selection = partial(prepare, fastest, window, options.head_dim)
-    work: list[tuple[str, str, Callable[..., Any], list[jax.Array]]] = [
-        ("select + layout", "forward", selection, inputs[3:])
-    ]
+    # What is timed, and which of the inputs it takes.
+    work: list[tuple[str, str, Callable[..., Any], slice]] = [("select + layout", "forward", selection, slice(3, 4))]
     for name, attend in table.items():
         if (name.startswith("cudnn") and gate != options.gates[0]) or (name == "cudnn dense" and not dense):
             continue
@@ -175,14 +177,18 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
             out, pull = jax.vjp(attend, query, key, value, gate)
             return out, pull(cotangent)
 
-        work += [(name, "forward", attend, inputs), (name, "both", both, [*inputs, cotangent])]
-    lowered = [jax.jit(function).lower(*arguments) for _, _, function, arguments in work]
+        work += [(name, "forward", attend, slice(4)), (name, "both", both, slice(5))]
+    copies = max(1, TOKENS_OF_A_PROGRAM // length)
+    sets = [inputs, *([jnp.array(array) for array in inputs] for _ in range(copies - 1))]
+    arguments = [[array for each in sets for array in each[taken]] for *_, taken in work]
+    lowered = [jax.jit(in_a_row(entry[2], copies)).lower(*taken) for entry, taken in zip(work, arguments, strict=True)]
     # All before the first measurement, and at once: compiling is most of the time, and each is one thread's work.
     with ThreadPoolExecutor() as pool:
         programs = list(pool.map(lambda program: program.compile(), lowered))
-    measured = measure([(p, entry[3]) for p, entry in zip(programs, work, strict=True)], options.repeats)
+    measured = measure(list(zip(programs, arguments, strict=True)), options.repeats)
     for (what, direction, *_), program, times in zip(work, programs, measured, strict=True):
         temporary = program.memory_analysis().temp_size_in_bytes
+        times = [time / copies for time in times]
         keep(Row(length, window, gate, what, direction, times, temporary), dense=what == "cudnn dense")
     if options.torch and torch_peers.available() and dense and length <= options.gates_at:
         shape = (length, options.heads, options.kv_heads, options.head_dim)
@@ -195,6 +201,23 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
             # JAX holds the rest: XLA_PYTHON_CLIENT_MEM_FRACTION says how much.
             print(f"PyTorch has no memory left for more here: {str(error).splitlines()[0]}", flush=True)
     return rows
+
+
+def in_a_row(function: Callable[..., Any], copies: int) -> Callable[..., list[Any]]:
+    """`function` of as many sets of arguments, one after the other. Each set has arrays of its own, and waits for the
+    result before: of equal calls the compiler would make one, and of independent ones it merges the small programs."""
+
+    def run(*arguments: jax.Array) -> list[Any]:
+        each = len(arguments) // copies
+        results: list[Any] = []
+        for first in range(0, len(arguments), each):
+            own = arguments[first : first + each]
+            if results:
+                own, results[-1] = jax.lax.optimization_barrier((own, results[-1]))
+            results.append(function(*own))
+        return results
+
+    return run
 
 
 def prepare(implementation: Implementation, window: int, head_dim: int, gate: jax.Array) -> Intervals:

@@ -57,6 +57,22 @@ def test_steps_of_decoding(tmp_path):
     assert record["errors"]["xla"] <= decode.BAR
 
 
+def test_short_programs_in_a_row_are_all_run():
+    """Neither merged, though they compute the same, nor out of order."""
+    from benchmarks.attention import in_a_row
+
+    def function(left, right):
+        return jnp.sort(left * right), left.sum()
+
+    pairs = [(jnp.arange(7.0) - n, jnp.full(7, 2.0)) for n in (3, 5, 5)]
+    program = jax.jit(in_a_row(function, 3)).lower(*(array for pair in pairs for array in pair)).compile()
+    assert program.as_text().count(" sort(") == 3
+    results = program(*(array for pair in pairs for array in pair))
+    for (products, total), (left, right) in zip(results, pairs, strict=True):
+        assert products.tolist() == sorted((left * right).tolist())
+        assert float(total) == float(left.sum())
+
+
 class Device:
     """A device whose queue is done one program after the other, and a machine that learns of an end late, if it waits
     for it."""
