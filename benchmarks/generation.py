@@ -26,6 +26,7 @@ import tyro
 from flax import nnx
 
 from benchmarks import record
+from benchmarks.kernel_times import Breakdown, profile
 from dmattn_jax import explain
 from dmattn_jax.decoding import Rows, advance, empty_rows, for_many_tokens, read_chunk
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
@@ -36,6 +37,8 @@ BAR = {"bfloat16": 0.1, "float32": 1e-4}
 gate near the last one kept may round to the other side of it, in any layer; what is wrong differs by 1."""
 ENOUGH_SECONDS = 30
 """Measurements are not repeated beyond so long: dense attention takes minutes to read a million tokens."""
+PROFILED_STEPS = 8
+"""Tokens whose kernels are looked at one by one: hundreds each."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Options:
 @dataclass
 class Row:
     """One measurement. seconds: of each repeat, for `tokens` tokens in all rows of the batch. cache_bytes: of all
-    layers. peak_bytes: of the device so far, where it says. error: why there is none."""
+    layers. peak_bytes: of the device so far, where it says. breakdown: of one token drawn, where the profiler sees a
+    GPU. error: why there is none."""
 
     attention: str
     what: str
@@ -72,6 +76,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     cache_bytes: int = 0
     peak_bytes: int | None = None
+    breakdown: Breakdown | None = None
     error: str = ""
 
     @property
@@ -109,6 +114,7 @@ class Bench:
         self.model = make_model(options, attention)
         self.graph, self.state = nnx.split(self.model)
         self.sampling = row_sampling([Sampling()] * options.batch, range(options.batch))
+        self.programs: dict[Any, jax.stages.Compiled] = {}
 
     def measured(self, what: str, length: int, measure: Callable[[Row], None]) -> Row:
         row = Row(self.attention, what, length, 0)
@@ -148,7 +154,7 @@ class Bench:
     def read_and_decode(self, length: int) -> list[Row]:
         """Prefill `length` tokens and decode after them; the decoding starts from the rows that were read."""
         options = self.options
-        capacity = length + options.decode_steps * (options.repeats + 1)
+        capacity = length + options.decode_steps * (options.repeats + 1) + PROFILED_STEPS
         rows: list[Rows] = []
 
         def prefill(row: Row) -> None:
@@ -167,6 +173,7 @@ class Bench:
         def decode(row: Row) -> None:
             row.tokens = options.decode_steps * options.batch
             row.seconds = self.timed_decode(rows, options.decode_steps, options.repeats)
+            row.breakdown = self.profiled_decode(rows)
             row.cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(rows[0].cache))
 
         first = self.measured("prefill", length, prefill)
@@ -199,15 +206,34 @@ class Bench:
         return rows
 
     def timed_decode(self, rows: list[Rows], steps: int, repeats: int) -> list[float]:
-        """Seconds of each repeat after a first one that compiles; with no repeats, of that one."""
+        """Seconds of each repeat after a first one; with no repeats, of that one. Not those of compiling."""
+        decode, _ = self.decoder(rows)
         seconds = []
-        model, rows[0] = for_many_tokens(self.model, rows[0])
-        graph, state = nnx.split(model)
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            rows[0] = jax.block_until_ready(decode_many(graph, state, rows[0], self.sampling, jnp.int32(steps)))
+            decode(steps)
             seconds.append(time.perf_counter() - began)
         return seconds[1:] if repeats else seconds
+
+    def profiled_decode(self, rows: list[Rows]) -> Breakdown | None:
+        """Where the time of a token goes."""
+        decode, program = self.decoder(rows)
+        return profile(lambda: decode(PROFILED_STEPS), program.as_text(), PROFILED_STEPS)
+
+    def decoder(self, rows: list[Rows]) -> tuple[Callable[[int], None], jax.stages.Compiled]:
+        """Draws as many tokens after the rows, in their place, and the program that does."""
+        model, rows[0] = for_many_tokens(self.model, rows[0])
+        graph, state = nnx.split(model)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(rows[0]))
+        if shapes not in self.programs:
+            lowered = decode_many.lower(graph, state, rows[0], self.sampling, jnp.int32(0))
+            self.programs[shapes] = lowered.compile()
+        program = self.programs[shapes]
+
+        def decode(steps: int) -> None:
+            rows[0] = jax.block_until_ready(program(state, rows[0], self.sampling, jnp.int32(steps)))
+
+        return decode, program
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

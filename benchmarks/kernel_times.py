@@ -15,7 +15,9 @@ import jax
 from jax.profiler import ProfileData
 
 PRODUCT = re.compile(r"gemm|cublas|cutlass|nvjet|_dot|xmma", re.IGNORECASE)
-ATTENTION = re.compile(r"cudnn|sdpa|fmha|flash|attention_(forward|query_gradient|key_gradients)_", re.IGNORECASE)
+ATTENTION = re.compile(
+    r"cudnn|sdpa|fmha|flash|attention_(forward|query_gradient|key_gradients)_|decode_step", re.IGNORECASE
+)
 """cuDNN's kernels and ours."""
 SCOPES = ("select_keys", "interval_attention", "gate", "rope", "norm", "mlp", "loss", "optimizer", "embed")
 """Named scopes of the library and of the training step, the innermost first."""

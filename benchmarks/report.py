@@ -170,8 +170,12 @@ def generation(name: str, content: dict[str, Any], figures: Path) -> str:
         cache = f"{row['cache_bytes'] / 2**20:,.2f}" if row["cache_bytes"] else ""
         lines.append(f"| {row['attention']} | {row['what']} | {row['length']:,} | {shown} | {cache} |")
     shape = "{layers} layers of {hidden_size}, window {window}, batch {batch}, {dtype}".format(**content["options"])
-    picture = _picture(name, "Speed and memory against context")
-    return f"{shape}, on {content['device']}.\n\n" + "\n".join(lines) + f"\n\n{picture}"
+    parts = [f"{shape}, on {content['device']}.\n", "\n".join(lines), ""]
+    profiled = {f"{row['attention']}, {row['length']:,}": row for row in content["rows"] if row.get("breakdown")}
+    if profiled:
+        said = "Microseconds of a token's kernels, by the part of the model that they belong to:"
+        parts += [said, "", _parts("attention, context", profiled, scale=1e3), ""]
+    return "\n".join([*parts, _picture(name, "Speed and memory against context")])
 
 
 def train_step(name: str, content: dict[str, Any], figures: Path) -> str:
@@ -184,29 +188,30 @@ def train_step(name: str, content: dict[str, Any], figures: Path) -> str:
         )
     note = f" {content['note']}" if content.get("note") else ""
     parts = [f"On {content['device']}.{note}\n", "\n".join(lines), ""]
-    profiled = [row for row in content["rows"] if row.get("breakdown")]
+    profiled = {
+        f"{row['preset']}, {row['attention']}, {row['sequences']} × {row['length']:,}": row
+        for row in content["rows"]
+        if row.get("breakdown")
+    }
     if profiled:
-        parts += [
-            "Milliseconds of a step's kernels, by the part of the model that they belong to:",
-            "",
-            _parts(profiled),
-        ]
+        said = "Milliseconds of a step's kernels, by the part of the model that they belong to:"
+        parts += [said, "", _parts("model, attention, sequences × tokens", profiled)]
     return "\n".join(parts) + "\n"
 
 
-def _parts(rows: list[dict[str, Any]]) -> str:
-    """Where the time of each row's step goes; those parts first that take most of it anywhere."""
-    times = [row["breakdown"]["milliseconds"] for row in rows]
+def _parts(head: str, rows: Mapping[str, dict[str, Any]], scale: float = 1.0) -> str:
+    """Where the time of each row goes, in milliseconds times `scale`; those parts first that take most of it anywhere,
+    and by name those that ever take half a unit."""
+    times = [{part: scale * time for part, time in row["breakdown"]["milliseconds"].items()} for row in rows.values()]
     most = {
         name: max(time.get(name, 0.0) for time in times) for name in dict.fromkeys(name for t in times for name in t)
     }
     names = [name for name in sorted(most, key=lambda name: -most[name]) if most[name] >= 0.5]
-    lines = _header(["model, attention, sequences × tokens", *names, "the rest", "none runs"])
-    for row, time in zip(rows, times, strict=True):
+    lines = _header([head, *names, "the rest", "none runs"])
+    for (label, row), time in zip(rows.items(), times, strict=True):
         rest = sum(value for name, value in time.items() if name not in names)
-        shown = [f"{row['preset']}, {row['attention']}, {row['sequences']} × {row['length']:,}"]
-        shown += [f"{time.get(name, 0.0):.1f}" for name in names]
-        lines.append("| " + " | ".join([*shown, f"{rest:.1f}", f"{row['breakdown']['idle']:.1f}"]) + " |")
+        shown = [label, *(f"{time.get(name, 0.0):.1f}" for name in names)]
+        lines.append("| " + " | ".join([*shown, f"{rest:.1f}", f"{scale * row['breakdown']['idle']:.1f}"]) + " |")
     return "\n".join(lines)
 
 

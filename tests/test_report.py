@@ -197,6 +197,15 @@ def test_the_page_in_the_repository_is_of_the_records_in_it():
         assert f"[{name}.json](../benchmarks/results/{name}.json)" in page
 
 
+def test_parts_of_a_token_are_in_microseconds(tmp_path):
+    content = json.loads((RESULTS / "generation_cpu.json").read_text())
+    decoded = next(row for row in content["rows"] if (row["attention"], row["what"]) == ("dma", "decode"))
+    decoded["breakdown"] = {"milliseconds": {"norm": 0.0123, "attention": 0.25, "copies": 1e-4}, "idle": 0.0311}
+    page = report.generation("generation_cpu", content, tmp_path)
+    assert "| attention, context | attention | norm | the rest | none runs |" in page
+    assert f"| dma, {decoded['length']:,} | 250.0 | 12.3 | 0.1 | 31.1 |" in page
+
+
 def mask_row(name: str, perplexity: float, text: str = "prose", density: float = 0.1) -> dict:
     return {
         "name": name, "text": text, "length": 512, "rows": 2, "loss": math.log(perplexity), "perplexity": perplexity,
