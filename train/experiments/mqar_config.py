@@ -22,6 +22,7 @@ Change = Literal[
     "hidden_gate",
     "detached_gate",
     "still_gate",
+    "late_gate",
     "slow_gate",
     "fast_gate",
     "margin",
@@ -29,11 +30,15 @@ Change = Literal[
     "all_keys",
 ]
 CHANGES: tuple[Change, ...] = get_args(Change)
-GATE_RATES: dict[Change, float] = {"still_gate": 0.0, "slow_gate": 0.1, "fast_gate": 10.0}
+GATE_RATES: dict[Change, float] = {"still_gate": 0.0, "late_gate": 1.0, "slow_gate": 0.1, "fast_gate": 10.0}
+"""Of what the gate's two parameters learn, to that of all others."""
+LATE = 1 / 3
+"""Of all steps, those in which a late gate does not learn yet."""
 MEANING_OF_CHANGES: dict[Change, str] = {
     **{name: MEANINGS[name] for name in CHANGES if name in MEANINGS},
     **{name: f"the gate's two parameters learn at {rate:g} times the rate" for name, rate in GATE_RATES.items()},
     "still_gate": "the gate stays as it begins, all keys equal: a sliding window, as a control",
+    "late_gate": "a sliding window for a third of the steps, in which the gate does not learn; then as published",
 }
 
 
@@ -58,8 +63,8 @@ class MQARConfig:
     """Keys a query sees (`dma`, `swa`), recent keys of `nsa`; None: 512, and length / 2 where that is less."""
     change: Change = "none"
     """One thing that is not as published in `dma`: those of `dmattn ablation`, and a gate that learns at a tenth of the
-    rate, at ten times of it, or not at all (`still_gate`: a sliding window, as a control). `margin` sets gate-step,
-    `linear_gate` gate-activation, `all_keys` the window."""
+    rate, at ten times of it, not before a third of the steps (`late_gate`), or not at all (`still_gate`: a sliding
+    window, as a control). `margin` sets gate-step, `linear_gate` gate-activation, `all_keys` the window."""
     gate_activation: GateActivation = "exp"
     """`linear` leaves out the exponential of δ (`dma`)."""
     gate_step: float = 0.0

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.config import OptimizerConfig
-from train.experiments.mqar_config import GATE_RATES, MQARConfig
+from train.experiments.mqar_config import GATE_RATES, LATE, MQARConfig
 from train.experiments.mqar_data import Examples, make_examples
 from train.experiments.mqar_model import RecallModel
 from train.optimizer import make_optimizer, make_schedule
@@ -56,7 +56,9 @@ def make_programs(config: MQARConfig) -> Programs:
     optimizer = make_optimizer(recipe, schedule, skeleton.decay_mask())
     if config.change in GATE_RATES:
         of_gate = {name: ".gate." in name for name in skeleton.shapes}
-        optimizer = optax.chain(optimizer, optax.masked(optax.scale(GATE_RATES[config.change]), of_gate))
+        rate, first = GATE_RATES[config.change], LATE * steps if config.change == "late_gate" else 0
+        slowed = optax.scale_by_schedule(lambda step: jnp.where(step < first, 0.0, rate))
+        optimizer = optax.chain(optimizer, optax.masked(slowed, of_gate))
     stream, shuffle = jax.random.split(jax.random.key(config.seed))
 
     def objective(params: Params, examples: Examples) -> Array:
