@@ -120,12 +120,12 @@ def check(options: Options) -> dict[str, float]:
     bar = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}[options.dtype]
     query, key, value, gate, cotangent = make_inputs(options, length, "random")
     errors: dict[str, float] = {}
+    with jax.enable_x64(True):
+        *exact, pulled = (jnp.asarray(np.asarray(a, np.float64)) for a in (query, key, value, gate, cotangent))
     for window in (100, length):
         with jax.enable_x64(True):
-            exact = [jnp.asarray(np.asarray(array, np.float64)) for array in (query, key, value, gate)]
-            want = jax.vjp(partial(attention_oracle, window=window), *exact)
-            want = [want[0], *want[1](jnp.asarray(np.asarray(cotangent, np.float64)))]
-            want = [np.asarray(array) for array in want]
+            truth_out, truth_pull = jax.vjp(partial(attention_oracle, window=window), *exact)
+            want = [np.asarray(array) for array in (truth_out, *truth_pull(pulled))]
         for name, attend in peers(window).items():
             if not name.startswith("dma"):
                 continue

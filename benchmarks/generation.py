@@ -172,8 +172,10 @@ class Bench:
 
         def decode(row: Row) -> None:
             row.tokens = options.decode_steps * options.batch
-            row.seconds = self.timed_decode(rows, options.decode_steps, options.repeats)
-            row.breakdown = self.profiled_decode(rows)
+            draw, program = self.decoder(rows)
+            row.seconds = seconds_of(draw, options.decode_steps, options.repeats)
+            # Where the time of a token goes.
+            row.breakdown = profile(lambda: draw(PROFILED_STEPS), program.as_text(), PROFILED_STEPS)
             row.cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(rows[0].cache))
 
         first = self.measured("prefill", length, prefill)
@@ -186,7 +188,8 @@ class Bench:
             row.tokens = length * self.options.batch
             for repeat in range(2):
                 rows = [self.read(1, length + 1)]
-                seconds = self.timed_decode(rows, length, 0)
+                draw_more, _ = self.decoder(rows)
+                seconds = seconds_of(draw_more, length, 0)
                 if repeat:
                     row.seconds = seconds
             row.cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(rows[0].cache))
@@ -205,21 +208,6 @@ class Bench:
             rows = read_chunk(self.graph, self.state, rows, jnp.asarray(tokens), jnp.asarray(present))
         return rows
 
-    def timed_decode(self, rows: list[Rows], steps: int, repeats: int) -> list[float]:
-        """Seconds of each repeat after a first one; with no repeats, of that one. Not those of compiling."""
-        decode, _ = self.decoder(rows)
-        seconds = []
-        for _ in range(repeats + 1):
-            began = time.perf_counter()
-            decode(steps)
-            seconds.append(time.perf_counter() - began)
-        return seconds[1:] if repeats else seconds
-
-    def profiled_decode(self, rows: list[Rows]) -> Breakdown | None:
-        """Where the time of a token goes."""
-        decode, program = self.decoder(rows)
-        return profile(lambda: decode(PROFILED_STEPS), program.as_text(), PROFILED_STEPS)
-
     def decoder(self, rows: list[Rows]) -> tuple[Callable[[int], None], jax.stages.Compiled]:
         """Draws as many tokens after the rows, in their place, and the program that does."""
         model, rows[0] = for_many_tokens(self.model, rows[0])
@@ -230,10 +218,20 @@ class Bench:
             self.programs[shapes] = lowered.compile()
         program = self.programs[shapes]
 
-        def decode(steps: int) -> None:
+        def draw(steps: int) -> None:
             rows[0] = jax.block_until_ready(program(state, rows[0], self.sampling, jnp.int32(steps)))
 
-        return decode, program
+        return draw, program
+
+
+def seconds_of(draw: Callable[[int], None], steps: int, repeats: int) -> list[float]:
+    """Of each repeat after a first one; with no repeats, of that one."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        draw(steps)
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:] if repeats else seconds
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -21,7 +21,7 @@ from train.experiments import mqar_cell
 from train.experiments.ablation_layers import LAYERS
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_cell import train_cell
-from train.experiments.mqar_config import CHANGES, GATE_RATES, MQARConfig, MQARSweep, resolve
+from train.experiments.mqar_config import CHANGES, GATE_BEGINS, GATE_RATES, MQARConfig, MQARSweep, resolve
 from train.experiments.mqar_data import Examples, make_examples
 from train.experiments.mqar_model import RecallModel
 from train.experiments.mqar_plots import MOST_SNAPSHOTS, GateHistory, film_of
@@ -148,7 +148,7 @@ def test_gate_measures_by_counting():
     assert float(measure(model)[0]["ties"][0]) == 1
 
 
-@pytest.mark.parametrize("change", [name for name in GATE_RATES if name != "late_gate"])
+@pytest.mark.parametrize("change", [name for name in GATE_RATES if name not in GATE_BEGINS])
 def test_a_gate_may_learn_at_another_rate(change):
     """One step from equal parameters: only the gate's go another way, and by that factor."""
     config = resolve(dataclasses.replace(TINY, num_layers=1, scan_steps=1, eval_every=1))

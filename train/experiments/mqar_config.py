@@ -32,8 +32,8 @@ Change = Literal[
 CHANGES: tuple[Change, ...] = get_args(Change)
 GATE_RATES: dict[Change, float] = {"still_gate": 0.0, "late_gate": 1.0, "slow_gate": 0.1, "fast_gate": 10.0}
 """Of what the gate's two parameters learn, to that of all others."""
-LATE = 1 / 3
-"""Of all steps, those in which a late gate does not learn yet."""
+GATE_BEGINS: dict[Change, float] = {"late_gate": 1 / 3}
+"""Of all steps, those before which it learns nothing."""
 MEANING_OF_CHANGES: dict[Change, str] = {
     **{name: MEANINGS[name] for name in CHANGES if name in MEANINGS},
     **{name: f"the gate's two parameters learn at {rate:g} times the rate" for name, rate in GATE_RATES.items()},
