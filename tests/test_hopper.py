@@ -13,10 +13,11 @@ from dmattn_jax.documents import document_bounds
 from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys
 from pallas_kernels import BlockSizes, Intervals
-from pallas_kernels.gpu import MOSAIC_GPU, scratch
+from pallas_kernels.gpu import MOSAIC_GPU, scratch, selection
 from pallas_kernels.gpu.backward_key import KeyGradientSizes, key_gradients, parts_of
 from pallas_kernels.gpu.backward_query import QueryGradientSizes, query_gradient
 from pallas_kernels.gpu.config import HEAD_SIZES, HopperBlockSizes, block_sizes, native_head_size, unsupported
+from pallas_kernels.gpu.counting import MOST_KEYS
 from pallas_kernels.gpu.device import SHARED_MEMORY
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import ForwardSizes, attend
@@ -47,18 +48,25 @@ def both_ways(windows, queries, epoch):
 
 
 @pytest.mark.parametrize(
-    ("length", "windows", "queries", "epoch"),
+    ("length", "windows", "queries", "epoch", "most_keys"),
     [
-        pytest.param(397, (67, 5, 33), 397, 64, marks=pytest.mark.slow),
-        (397, (67, 5, 33), 211, 64),
-        pytest.param(1021, (129, 1, 64), 1021, 128, marks=pytest.mark.slow),
-        pytest.param(517, (300, 1, 517), 517, 64, marks=pytest.mark.slow),
-        (130, (64, 7, 1), 130, 64),
-        pytest.param(700, (37, 700, 1), 333, 32, marks=pytest.mark.slow),
+        pytest.param(397, (67, 5, 33), 397, 64, MOST_KEYS, marks=pytest.mark.slow),
+        (397, (67, 5, 33), 211, 64, MOST_KEYS),
+        pytest.param(1021, (129, 1, 64), 1021, 128, MOST_KEYS, marks=pytest.mark.slow),
+        pytest.param(700, (37, 700, 1), 333, 32, MOST_KEYS, marks=pytest.mark.slow),
+        # Without lists: the keys of short rows are counted, those of longer ones merged.
+        (130, (64, 7, 1), 130, 64, 130),
+        (130, (64, 7, 1), 130, 64, 129),
+        (397, (396, 1, 370), 211, 64, MOST_KEYS),
+        (33, (30, 3, 32), 33, 32, MOST_KEYS),
+        pytest.param(517, (300, 1, 517), 517, 64, MOST_KEYS, marks=pytest.mark.slow),
+        pytest.param(517, (300, 1, 517), 517, 64, 0, marks=pytest.mark.slow),
+        pytest.param(1021, (960, 960, 960), 1021, 128, MOST_KEYS, marks=pytest.mark.slow),
     ],
 )
-def test_selection_is_the_portable_one(length, windows, queries, epoch):
+def test_selection_is_the_portable_one(monkeypatch, length, windows, queries, epoch, most_keys):
     """Lifetimes and lists, integer by integer: ties, holes, infinities, documents, padding, a window per head."""
+    monkeypatch.setattr(selection, "MOST_KEYS", most_keys)
     run = both_ways(windows, queries, epoch)
     for number, gate in enumerate((*GATES, "extreme")):
         for segments in ("none", "packed", "inside", "left", "returning"):
@@ -262,6 +270,7 @@ def test_bounds_that_tracing_knows_are_those_that_are_sought(length, queries):
         (257, 257, 257, 64, jnp.bfloat16),
         (1031, 1031, 100, 192, jnp.float16),
         (257, 257, 257, 256, jnp.bfloat16),
+        (601, 601, 300, 64, jnp.float16),
     ],
 )
 def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, dtype):
@@ -279,8 +288,8 @@ def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, d
     gate = jax.ShapeDtypeStruct((1, keys, 3), jnp.float32)
     program = jax.jit(both).trace(query, key, key, gate, query).lower(lowering_platforms=("cuda",)).as_text()
     kernels = program.count("stablehlo.custom_call @mosaic_gpu")
-    # Three of attention; with lists also their merges, tables and sums.
-    assert kernels >= (3 if window >= keys else 14), f"{kernels} kernels"
+    # Three of attention; where some keys are hidden, also the one that counts, or with lists merges, tables and sums.
+    assert kernels >= {257: 3, 300: 4, 100: 14}[window], f"{kernels} kernels"
 
 
 def test_epochs_are_powers_of_two():

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import BlockSizes, Intervals
+from pallas_kernels.gpu.counting import MOST_KEYS, outranked
 from pallas_kernels.gpu.gathers import Stage, gathered, staged
 from pallas_kernels.gpu.lists import epoch_lists
 from pallas_kernels.gpu.ranked import (
@@ -50,6 +51,8 @@ def select(
         whole = jnp.broadcast_to(end[:, None], gate.shape)
         return Intervals(starts, jnp.where(jnp.isneginf(gate), position, whole), starts_at_key=True)
     listed = max(windows) + blocks.epoch < length
+    if not listed and length <= MOST_KEYS:
+        return Intervals(starts, outranked(gate, windows, start, end), starts_at_key=True)
     size = blocks.epoch if listed else min(blocks.epoch, max(LEAF, 1 << (length - 1).bit_length()))
     if size % LEAF or size & (size - 1):
         raise ValueError(f"epoch must be a power of two, {LEAF} or more, got {size}")

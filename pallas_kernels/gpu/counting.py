@@ -1,0 +1,165 @@
+"""Lifetimes in a short row by counting: every key is compared with every other, and nothing is sorted.
+
+A key leaves the window at the first position up to which `window` keys of its document outrank it. Finding it takes
+N² comparisons a row, but one kernel, where the tree of `selection` has ten that mostly wait for each other: up to some
+thousands of keys that is sooner.
+
+Keys are counted in blocks. Outside of two blocks one comparison says it all: later keys win ties, so a threshold
+one lower serves for those behind a key, and none can pass the greatest integer, which serves for those before its
+document. In the key's own block and in that where its document begins, the count is put right by what a look at each
+of their keys finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.gpu.gathers import CHUNK, WARPGROUP, iota, launch, read
+from pallas_kernels.gpu.ranked import NOTHING, TAKEN
+from pallas_kernels.gpu.tree import split
+from pallas_kernels.order import sortable
+
+MOST_KEYS = 4096
+"""Keys of a row, at most."""
+BLOCK = 32
+"""Keys that are counted between two looks at whether the window is full."""
+SUMS = 4
+"""Of which the count is the sum: additions to one of them wait for each other."""
+READ = 4 * CHUNK
+"""Keys whose gates are read at once, at most."""
+
+
+def outranked(
+    gate: Float[Array, "B K S"],
+    windows: tuple[int, ...],
+    start: Int32[Array, "B S"],
+    end: Int32[Array, "B S"],
+) -> Int32[Array, "B K S"]:
+    """The expiry of each key: where it leaves the window, at most the end of its document; its own position for a key
+    that is never seen. Arguments as of `contract.Select`; one kernel on a CUDA GPU, the same by XLA elsewhere."""
+    batch, heads, length = gate.shape
+    rows, blocks = batch * heads, -(-length // BLOCK)
+    limits = () if len(set(windows)) == 1 else (jnp.tile(jnp.asarray(windows, jnp.int32), batch),)
+
+    def portable(gate, start, end, *limits):
+        seen = jnp.moveaxis(gate, 1, 2).reshape(rows, length)
+        order = jnp.where(jnp.isneginf(seen), NOTHING, sortable(seen))
+        known = jnp.pad(order, ((0, 0), (0, blocks * BLOCK - length)), constant_values=NOTHING)
+        begin, until = (jnp.repeat(array, heads, axis=0) for array in (start, end))
+        window = limits[0][:, None] if limits else windows[0]
+        own = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), order.shape)
+        leaves = _leaves(
+            own,
+            order,
+            begin,
+            window,
+            lambda place: lax.dynamic_slice_in_dim(known, place, 1, axis=1),
+            lambda places: jnp.take_along_axis(known, places, axis=1, mode="promise_in_bounds"),
+            blocks,
+        )
+        return _within(leaves, own, order, until)
+
+    def kernel(gate, start, end, *limits):
+        tiles, size = -(-length // WARPGROUP), min(READ, -(-length // CHUNK) * CHUNK)
+        pieces = -(-length // size)
+
+        def program(*refs):
+            gate, start, end, *limit = refs[: 3 + len(limits)]
+            target, orders = refs[3 + len(limits) :]
+            row, tile = split(lax.axis_index("program"), tiles)
+            item, head = split(row, heads)
+
+            def rank(piece, _):
+                place = iota((size,), 0) + piece * size
+                value = read(gate, (jnp.minimum(place, length - 1) + item * length) * heads + head)
+                orders[pl.ds(piece * size, size)] = jnp.where(
+                    (place < length) & (value != -jnp.inf), sortable(value), NOTHING
+                )
+
+            own = iota((WARPGROUP,), 0) + tile * WARPGROUP
+            at = jnp.minimum(own, length - 1) + item * length
+            begin, until = read(start, at), read(end, at)
+            window = limit[0][row] if limit else windows[0]
+            lax.fori_loop(0, pieces, rank, None)
+            # All four warps have written before any of them reads.
+            plgpu.commit_smem()
+            order = read(orders, own)
+            leaves = _leaves(
+                own, order, begin, window, lambda place: orders[place], lambda at: read(orders, at), blocks
+            )
+            target[pl.ds((row * tiles + tile) * WARPGROUP, WARPGROUP)] = _within(leaves, own, order, until)
+
+        whole = jax.ShapeDtypeStruct((rows * tiles * WARPGROUP,), jnp.int32)
+        buffers = [plgpu.SMEM((pieces * size,), jnp.int32)]
+        flat = [array.reshape(-1) for array in (gate, start, end, *limits)]
+        out = launch("counting", program, flat, rows * tiles, whole, buffers)
+        return out.reshape(rows, tiles * WARPGROUP)[:, :length]
+
+    # Read in the order in which layers make gates, heads innermost.
+    operands = (jnp.moveaxis(gate, 1, 2), start, end, *limits)
+    return lax.platform_dependent(*operands, cuda=kernel, default=portable).reshape(gate.shape)
+
+
+def _leaves(
+    own: Int32[Array, "*n"],
+    order: Int32[Array, "*n"],
+    begin: Int32[Array, "*n"],
+    window: Any,
+    one: Callable[[Any], Any],
+    each: Callable[[Int32[Array, "*n"]], Int32[Array, "*n"]],
+    blocks: int,
+) -> Int32[Array, "*n"]:
+    """The first position up to which `window` keys outrank each key; that behind the last block if there is none.
+
+    one: the order of the key at a place, the same place for all keys; each: of a place for each key.
+    """
+    nothing = own - own
+    own_block, first_block = (split(place, BLOCK)[0] for place in (own, begin))
+
+    def above(place):
+        found = each(place)
+        return (place >= begin) & ((found > order) | ((found == order) & (place > own)))
+
+    def threshold(block):
+        # Not with TAKEN first: what a selection has in common with a number comes out unsigned, and is compared so.
+        return jnp.where(block >= first_block, jnp.where(block > own_block, order - 1, order), TAKEN)
+
+    def error(block):
+        """By how much the threshold miscounts a block, one for each key."""
+        bound, missing = threshold(block), nothing
+        for n in range(BLOCK):
+            place = block * BLOCK + n
+            missing += jnp.where(above(place), 1, 0) - jnp.where(each(place) > bound, 1, 0)
+        return missing
+
+    of_own, of_first = error(own_block), error(first_block)
+
+    def count(block, carry):
+        (first, *sums), before, full = carry
+        bound = threshold(block)
+        sums = [first + jnp.where(block == own_block, of_own, jnp.where(block == first_block, of_first, 0)), *sums]
+        for n in range(BLOCK):
+            sums[n % SUMS] += jnp.where(bound < one(block * BLOCK + n), 1, 0)
+        found = sum(sums[1:], sums[0])
+        vacant = found < window
+        return tuple(sums), jnp.where(vacant, found, before), full + jnp.where(vacant, 1, 0)
+
+    _, so_far, full = lax.fori_loop(0, blocks, count, ((nothing,) * SUMS, nothing, nothing))
+    leaves, block = full * BLOCK, jnp.minimum(full, blocks - 1)
+    for n in range(BLOCK):
+        so_far += jnp.where(above(block * BLOCK + n), 1, 0)
+        leaves += jnp.where(so_far < window, 1, 0)
+    return jnp.where(full < blocks, leaves, blocks * BLOCK)
+
+
+def _within(leaves, own, order, end):
+    """Not past the document's end, and not before the key itself; at once for a key that no query may see."""
+    return jnp.where(order == NOTHING, own, jnp.maximum(jnp.minimum(leaves, end), own))
