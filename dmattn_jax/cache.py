@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dmattn_jax.validation import check_window
-from pallas_kernels.decoding import EMPTY, Slots
+from pallas_kernels.decoding import EMPTY, Slots, room_for
 from pallas_kernels.decoding.xla import insert
 from pallas_kernels.order import sortable
 
@@ -50,11 +50,12 @@ class WindowCache:
         max_length: int | None = None,
         dtype: DTypeLike = jnp.float32,
     ) -> WindowCache:
-        """An empty cache. With max_length, no more slots than that many tokens can fill."""
+        """An empty cache of as many slots as the widest window, or as max_length tokens can fill if those are fewer;
+        on some devices of a few more, which stay empty (`pallas_kernels.decoding.room_for`)."""
         windows = check_window(window, num_kv_heads)
         if max_length is not None:
             windows = tuple(min(size, max(max_length, 1)) for size in windows)
-        shape = (batch, num_kv_heads, max(windows))
+        shape = (batch, num_kv_heads, room_for(max(windows)))
         return WindowCache(
             keys=jnp.zeros((*shape, head_dim), dtype),
             values=jnp.zeros((*shape, head_dim), dtype),

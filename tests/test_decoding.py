@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmattn_jax.cache import WindowCache
 from pallas_kernels.decoding import IMPLEMENTATIONS, Slots, decode_step
 from pallas_kernels.decoding.gpu import parts_of, unsupported
 
@@ -178,6 +179,21 @@ def test_the_kernel_lowers_for_cuda(heads, kv_heads, held, dim):
     operands = "".join(call).split("(")[1].split(")")[0].split(",")
     assert {operand.split("#")[0] for operand in operands} == {name}
     assert all(word.split("#")[0] == call[0].split(":")[0] for word in after[3:9])
+
+
+@pytest.mark.parametrize(("window", "tokens", "slots"), [(2048, 1544, 1664), (200, None, 256), ((3, 140), 1, 128)])
+def test_caches_of_any_window_and_length_are_the_kernels(monkeypatch, window, tokens, slots):
+    def made():
+        return WindowCache.create(1, window, 2, 64, max_length=tokens, dtype=jnp.bfloat16)
+
+    monkeypatch.setitem(IMPLEMENTATIONS["mosaic_gpu"].__dict__, "unavailable", lambda: "it is not there")
+    exact = made()
+    assert exact.keys.shape[2] == max(exact.windows)
+    monkeypatch.setitem(IMPLEMENTATIONS["mosaic_gpu"].__dict__, "unavailable", lambda: None)
+    cache = made()
+    assert cache.windows == exact.windows
+    assert cache.keys.shape[2] == slots
+    assert unsupported(jnp.zeros((1, 4, 64), jnp.bfloat16), cache.slots) is None
 
 
 def test_what_the_kernel_does_not_take_is_said():

@@ -150,6 +150,12 @@ DECODED = {
     # One part of three tiles, so that buffers are used again.
     "full": {"shape": (1, 6, 2, 384, 64), "windows": (384, 300), "filled": 999, "multiprocessors": 1},
     "two parts, half full": {"shape": (2, 3, 1, 256, 128), "windows": (256,), "filled": 100, "multiprocessors": 2},
+    "places beyond every window": {
+        "shape": (2, 4, 2, 256, 64),
+        "windows": (200, 200),
+        "filled": 999,
+        "multiprocessors": 2,
+    },
     "empty": {"shape": (1, 2, 2, 128, 64), "windows": (128, 77), "filled": 0, "multiprocessors": 4},
 }
 

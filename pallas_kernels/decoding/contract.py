@@ -66,10 +66,12 @@ class Implementation:
     """A step for one kind of device.
 
     unavailable(): None where it runs on this machine, else the reason in words.
-    unsupported(query, slots): None where it takes such arrays, else the reason in words.
+    unsupported(query, slots): None where it takes such arrays, else the reason in words. granule: slots come in
+    multiples of it.
     """
 
     name: str
     step: Step
     unavailable: Callable[[], str | None]
     unsupported: Callable[[Array, Slots], str | None]
+    granule: int = 1

@@ -13,6 +13,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {entry.name: entry for entry in (MO
 """The most preferred first; a new backend adds itself here."""
 
 
+def room_for(keys: int) -> int:
+    """Slots for so many keys: as many, or the next multiple that the most preferred implementation here takes."""
+    granule = choose(IMPLEMENTATIONS, None, lambda entry: entry.unavailable()).granule
+    return -(-keys // granule) * granule
+
+
 def decode_step(
     query: Float[Array, "B H D"],
     key: Float[Array, "B K D"],

@@ -247,4 +247,4 @@ def unsupported(query: Array, slots: Slots) -> str | None:
     return None
 
 
-MOSAIC_GPU = Implementation("mosaic_gpu", step, unavailable, unsupported)
+MOSAIC_GPU = Implementation("mosaic_gpu", step, unavailable, unsupported, granule=TILE)

@@ -129,7 +129,7 @@ def _leaves(
         return (place >= begin) & ((found > order) | ((found == order) & (place > own)))
 
     def threshold(block):
-        # Not with TAKEN first: what a selection has in common with a number comes out unsigned, and is compared so.
+        # Not with TAKEN first: that would be unsigned (see `ranked`).
         return jnp.where(block >= first_block, jnp.where(block > own_block, order - 1, order), TAKEN)
 
     def error(block):

@@ -1,7 +1,8 @@
 """Short lists of keys in falling order of (gate, position): merged and searched, one element at a time.
 
 Everything is elementwise in the place asked for, and reads lists through functions, so that `gathers.gathered` makes
-one kernel of it.
+one kernel of it. In such a kernel what is selected must not be a number first: `where(found, 0, place)` comes out
+unsigned, and is compared so from there on.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def place_of(
     size: int,
 ) -> Int32[Array, " n"]:
     """How many keys of a list of `size` are above (order, position)."""
-    low = jnp.zeros_like(order)
+    low = order - order  # zeros that are no number
     for step in _halving(size):
         more = jnp.minimum(low + step, size)
         held = orders(more - 1)
@@ -83,7 +84,7 @@ def last_not_above(
     value: Int32[Array, " n"], bounds: Callable[[Int32[Array, " n"]], Int32[Array, " n"]], size: int
 ) -> Int32[Array, " n"]:
     """The last of `size` rising bounds that is not above the value; 0 if all are."""
-    low = jnp.zeros_like(value)
+    low = value - value
     for step in _halving(size - 1):
         more = jnp.minimum(low + step, size - 1)
         low = jnp.where(bounds(more) <= value, more, low)
@@ -106,11 +107,11 @@ def set_bits(word: Int32[Array, "*n"]) -> Int32[Array, "*n"]:
 
 def nth_set_bit(word: Int32[Array, "*n"], which: Int32[Array, "*n"]) -> Int32[Array, "*n"]:
     """The place of the which-th set bit, counted from 1; 32 where the word has fewer (and 0 for which < 1)."""
-    left, place, rest = which, jnp.zeros_like(which), word
+    left, place, rest = which, which - which, word
     for half in (16, 8, 4, 2, 1):
         low = set_bits(rest & ((1 << half) - 1))
         up = left > low
         left = jnp.where(up, left - low, left)
         place = jnp.where(up, place + half, place)
         rest = jnp.where(up, rest >> half, rest)
-    return jnp.where(set_bits(word) < which, 32, place)
+    return jnp.where(set_bits(word) >= which, place, 32)
