@@ -97,11 +97,24 @@ def test_selection_refuses_epochs_that_do_not_halve():
 
 
 @pytest.mark.parametrize(
-    ("programs", "group", "parts"),
-    [(64, 4, 2), (32, 4, 4), (44, 6, 3), (66, 3, 1), (1, 16, 16), (133, 4, 1), (9, 1, 1)],
+    ("programs", "group", "equal", "parts"),
+    [
+        (64, 4, True, 2),
+        (32, 4, True, 4),
+        (44, 6, True, 3),
+        (66, 3, True, 1),
+        (1, 16, True, 16),
+        (133, 4, True, 1),
+        (9, 1, True, 1),
+        (128, 4, False, 2),
+        (64, 4, False, 4),
+        (133, 4, False, 1),
+        (9, 1, False, 1),
+    ],
 )
-def test_a_group_is_cut_where_multiprocessors_would_be_idle(programs, group, parts):
-    assert parts_of(programs, group) == parts
+def test_a_group_is_cut_where_multiprocessors_would_be_idle(programs, group, equal, parts):
+    """Of an H100's 132 multiprocessors."""
+    assert parts_of(programs, group, equal=equal) == parts
 
 
 def test_bits():

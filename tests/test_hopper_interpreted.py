@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 INTERPRETED = {
     "three parts of a group": (
-        {"keys": 137, "window": 150, "kv_heads": 1, "group": 6, "multiprocessors": 7},
+        {"keys": 137, "window": 150, "kv_heads": 1, "group": 6, "multiprocessors": 3},
         "float16",
     ),
     "packed documents, a window per head": ({"keys": 331, "window": (150, 41), "segments": "inside"}, "bfloat16"),

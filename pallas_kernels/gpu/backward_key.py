@@ -70,9 +70,13 @@ class KeyGradientSizes(PassSizes):
         )
 
 
-def parts_of(programs: int, group: int) -> int:
-    """Into how many equal parts the heads of a group are cut: as many as multiprocessors are there for, or one."""
-    most = max(multiprocessors() // programs, 1)
+def parts_of(programs: int, group: int, *, equal: bool) -> int:
+    """Into how many equal parts the heads of a group are cut: as many as multiprocessors are there for, or one.
+
+    equal: whether the programs are of one length. Where they are not, two for each multiprocessor end sooner than one
+    that is as long as the longest.
+    """
+    most = max(multiprocessors() * (1 if equal else 2) // programs, 1)
     return max(parts for parts in range(1, group + 1) if group % parts == 0 and parts <= most)
 
 
@@ -95,11 +99,12 @@ def key_gradients(
     length, kv_heads = rows.key.shape[1:3]
     block_q, block_k = sizes.block_q, sizes.block_k
     tiles_per_epoch = rows.capacity // block_k
-    parts = parts_of(length // block_k * batch * kv_heads, heads // kv_heads)
+    listed = rows.carried > 0
+    # Without lists the first keys are seen by most queries, the last by few.
+    parts = parts_of(length // block_k * batch * kv_heads, heads // kv_heads, equal=listed)
     group = heads // kv_heads // parts
     consume = consume_products if sizes.by_product else consume_halves
     # Rows of lists are added up over epochs, and parts of a group with each other.
-    listed = rows.carried > 0
     final = not listed and parts == 1 and not sizes.by_product
     out = query.dtype if final else jnp.float32
     width = 2 * dim if listed else dim
