@@ -22,7 +22,7 @@ def write(output: Path | None, options: Any, rows: Sequence[dict[str, Any]], **m
     if output is None:
         return
     record = {
-        "command": sys.argv,
+        "command": [_from_the_root(sys.argv[0]), *sys.argv[1:]],
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "options": asdict(options),
@@ -31,6 +31,12 @@ def write(output: Path | None, options: Any, rows: Sequence[dict[str, Any]], **m
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def _from_the_root(program: str) -> str:
+    """A file of this repository by its path inside it."""
+    path, root = Path(program).resolve(), Path(__file__).resolve().parents[1]
+    return str(path.relative_to(root)) if path.is_relative_to(root) else program
 
 
 def rms_ratio(got: ArrayLike, want: ArrayLike) -> float:

@@ -269,7 +269,7 @@ def _header(names: list[str]) -> list[str]:
 def _milliseconds(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
-    median = statistics.median(row["milliseconds"])
+    median = round(statistics.median(row["milliseconds"]), 2) + 0.0  # no "-0.00"
     return f"{median:.2f}" if median < 100 else f"{median:.0f}"
 
 

@@ -2,14 +2,22 @@
 
 import json
 import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import record as records
 from benchmarks.record import rms_ratio
 from train import cli
+
+
+@dataclass(frozen=True)
+class Size:
+    n: int
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +25,21 @@ def generation():
     from benchmarks import generation
 
     return generation
+
+
+@pytest.mark.parametrize(
+    ("program", "written"),
+    [
+        (str(Path(records.__file__).with_name("decode.py")), "benchmarks/decode.py"),
+        ("/elsewhere/tool", "/elsewhere/tool"),
+    ],
+)
+def test_a_record_names_its_program_by_its_place_in_the_repository(monkeypatch, tmp_path, program, written):
+    monkeypatch.setattr(sys, "argv", [program, "--batch", "1"])
+    records.write(tmp_path / "made" / "record.json", Size(3), [{"n": 1}], more=2)
+    found = json.loads((tmp_path / "made" / "record.json").read_text())
+    assert found["command"] == [written, "--batch", "1"]
+    assert (found["options"], found["rows"], found["more"]) == ({"n": 3}, [{"n": 1}], 2)
 
 
 def small(generation, output: Path, **changes):

@@ -50,7 +50,7 @@ QUICK = ("dynamic mask, packed", "dense causal")
 )
 def test_forward_and_backward_are_linear(name):
     """At 65,536 tokens everything together is under 24 arrays of [N, 64] float32, the inputs and gradients included
-    (14 of them), and grows as N does."""
+    (16 of them, with the output), and grows as N does."""
     unit = DIM * 4
     short, long = (compiled_bytes(ATTENTIONS[name], length) for length in (16_384, 65_536))
     assert long < 24 * 65_536 * unit

@@ -102,7 +102,7 @@ def summarize(config: TrainConfig, directory: RunDirectory, last: Evaluation | N
         lines.append(f"  perplexity       {last.perplexity:.4g}")
         lines.append(f"  bits per byte    {last.bits_per_byte:.4f}")
     lines += [
-        f"  time             {_clock(seconds)} of training steps, {_clock(session_seconds)} in all this session",
+        f"  time             {_clock(seconds)} of training steps, {_clock(session_seconds)} in all by this command",
         f"  pictures         {directory.plots / 'loss.png'}, {directory.plots / 'masks.png'}"
         if config.model.attention == "dma"
         else f"  picture          {directory.plots / 'loss.png'}",

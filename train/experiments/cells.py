@@ -31,7 +31,7 @@ def train_missing(
     """train(cell) -> exit code, for every cell that is not done, until one is not 0. Returns that exit code.
 
     A cell that diverges is recorded as such in `output/<its name>` and not trained again; one that another process is
-    training is passed over: several processes may share a folder. One whose time ran out with the session is
+    training is passed over: several processes may share a folder. One whose time ran out with the command's is
     continued by the same command.
     """
 

@@ -42,7 +42,7 @@ Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """How long a session may take, and of how many processes it is. Inherited by what it bounds: a prefix that is left
+    """How long a command may take, and of how many processes it is. Inherited by what it bounds: a prefix that is left
     out would be left out of the fields of a cell too."""
 
     max_minutes: float | None = None
@@ -63,7 +63,7 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """Where results go, and how long this session may take."""
+    """Where results go, and how long this command may take."""
 
     output: Path = Path("runs/mqar")
     """The folder of the cells: each has its own below it."""

@@ -1,4 +1,4 @@
-"""How long a session of experiments may take."""
+"""How long a command that runs experiments may take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.errors import ConfigError
 
 
 class Deadline:
-    """When a session must end. minutes: None for never. Raises: ConfigError unless minutes > 0."""
+    """When the command must end. minutes: None for never. Raises: ConfigError unless minutes > 0."""
 
     def __init__(self, minutes: float | None) -> None:
         if minutes is not None and not minutes > 0:
