@@ -170,10 +170,14 @@ def generation(name: str, content: dict[str, Any], figures: Path) -> str:
         cache = f"{row['cache_bytes'] / 2**20:,.2f}" if row["cache_bytes"] else ""
         lines.append(f"| {row['attention']} | {row['what']} | {row['length']:,} | {shown} | {cache} |")
     shape = "{layers} layers of {hidden_size}, window {window}, batch {batch}, {dtype}".format(**content["options"])
-    parts = [f"{shape}, on {content['device']}.\n", "\n".join(lines), ""]
+    note = f" {content['note']}" if content.get("note") else ""
+    parts = [f"{shape}, on {content['device']}.{note}\n", "\n".join(lines), ""]
     profiled = {f"{row['attention']}, {row['length']:,}": row for row in content["rows"] if row.get("breakdown")}
     if profiled:
-        said = "Microseconds of a token's kernels, by the part of the model that they belong to:"
+        said = (
+            "Microseconds of a token's kernels, by the part of the model that they belong to. Between them the profiler "
+            "takes time too:"
+        )
         parts += [said, "", _parts("attention, context", profiled, scale=1e3), ""]
     return "\n".join([*parts, _picture(name, "Speed and memory against context")])
 

@@ -51,11 +51,11 @@ class WindowCache:
         dtype: DTypeLike = jnp.float32,
     ) -> WindowCache:
         """An empty cache of as many slots as the widest window, or as max_length tokens can fill if those are fewer;
-        on some devices of a few more, which stay empty (`pallas_kernels.decoding.room_for`)."""
+        on some devices of up to 127 more, which stay empty (`pallas_kernels.decoding.room_for`)."""
         windows = check_window(window, num_kv_heads)
         if max_length is not None:
             windows = tuple(min(size, max(max_length, 1)) for size in windows)
-        shape = (batch, num_kv_heads, room_for(max(windows)))
+        shape = (batch, num_kv_heads, room_for(max(windows), head_dim, dtype))
         return WindowCache(
             keys=jnp.zeros((*shape, head_dim), dtype),
             values=jnp.zeros((*shape, head_dim), dtype),

@@ -35,7 +35,7 @@ def explain() -> str:
         reason = entry.unavailable()
         if reason is not None:
             lines.append(f"not {entry.name}: {reason}")
-    lines += chosen.limits()
+    lines += chosen.limits() + decoding.limits()
     if chosen.name == "xla" and jax.default_backend() != "cpu":
         lines.append("xla is the portable path: right everywhere, not tuned for this device")
     return "\n".join(lines)

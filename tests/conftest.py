@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 import quick_compilation
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked in every module whose own errors do not come first.
@@ -80,6 +81,25 @@ def float32_products():
     """Products of float32 that round as float32: a GPU takes TF32 where nothing is said, if it finds that faster."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def only_signed_integers(monkeypatch):
+    """Fails a test that lowers a Mosaic GPU kernel in which integers are treated as unsigned. None of ours is; but the
+    lowering forgets it where a selection's first choice is a number, and would put negative gates above positive ones.
+    """
+    found = []
+    for name in ("__lt__", "__le__", "__gt__", "__ge__", "__floordiv__", "__mod__", "max", "min", "reduce"):
+        operation = getattr(FragmentedArray, name)
+
+        def recorded(self, *args, operation=operation, name=name, **options):
+            if self.is_signed is False and self.mlir_dtype.width > 1:
+                found.append(f"{name} of {self.shape}")
+            return operation(self, *args, **options)
+
+        monkeypatch.setattr(FragmentedArray, name, recorded)
+    yield
+    assert not found
 
 
 def pytest_report_header(config: pytest.Config) -> str:

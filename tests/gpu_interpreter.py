@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoding import IMPLEMENTATIONS as DECODING
-from pallas_kernels.gpu import MOSAIC_GPU, gathers
+from pallas_kernels.gpu import MOSAIC_GPU, counting, gathers
 
 THREADS = 32
 AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
@@ -88,5 +88,6 @@ def interpret_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
         return cuda(*operands)
 
     monkeypatch.setattr(plgpu, "kernel", interpreted)
-    monkeypatch.setattr(gathers, "read", lambda source, *places: source[...][places])
+    for room in (gathers, counting):
+        monkeypatch.setattr(room, "read", lambda source, *places: source[...][places])
     monkeypatch.setattr(gathers.lax, "platform_dependent", cuda)

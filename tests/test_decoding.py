@@ -9,12 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from dmattn_jax import explain, nn
 from dmattn_jax.cache import WindowCache
 from pallas_kernels.decoding import IMPLEMENTATIONS, Slots, decode_step
 from pallas_kernels.decoding.gpu import parts_of, unsupported
 
 STEPS = {name: entry.step for name, entry in IMPLEMENTATIONS.items()}
+KERNEL_CASES = {
+    # One part of three tiles, so that buffers are used again.
+    "full": {"shape": (1, 6, 2, 384, 64), "windows": (384, 300), "filled": 999, "multiprocessors": 1},
+    "two parts, half full": {"shape": (2, 3, 1, 256, 128), "windows": (256,), "filled": 100, "multiprocessors": 2},
+    "beyond the window": {"shape": (2, 4, 2, 256, 64), "windows": (200, 200), "filled": 999, "multiprocessors": 2},
+    "empty": {"shape": (1, 2, 2, 128, 64), "windows": (128, 77), "filled": 0, "multiprocessors": 4},
+}
+"""What the kernel is tried on: slots beyond some heads' windows, or all heads', several parts and several tiles."""
 
 
 def make_step(batch, heads, kv_heads, held, dim, *, windows, filled, seed=0, dtype=jnp.bfloat16):
@@ -161,6 +171,7 @@ def test_parts_are_whole_tiles(rows, slots, parts):
     assert slots // 128 % parts == 0
 
 
+@pytest.mark.usefixtures("only_signed_integers")
 @pytest.mark.parametrize(("heads", "kv_heads", "held", "dim"), [(16, 4, 2048, 64), (6, 2, 384, 128), (3, 3, 4224, 64)])
 def test_the_kernel_lowers_for_cuda(heads, kv_heads, held, dim):
     """With the caches changed in place."""
@@ -183,8 +194,8 @@ def test_the_kernel_lowers_for_cuda(heads, kv_heads, held, dim):
 
 @pytest.mark.parametrize(("window", "tokens", "slots"), [(2048, 1544, 1664), (200, None, 256), ((3, 140), 1, 128)])
 def test_caches_of_any_window_and_length_are_the_kernels(monkeypatch, window, tokens, slots):
-    def made():
-        return WindowCache.create(1, window, 2, 64, max_length=tokens, dtype=jnp.bfloat16)
+    def made(head_dim=64, dtype=jnp.bfloat16):
+        return WindowCache.create(1, window, 2, head_dim, max_length=tokens, dtype=dtype)
 
     monkeypatch.setitem(IMPLEMENTATIONS["mosaic_gpu"].__dict__, "unavailable", lambda: "it is not there")
     exact = made()
@@ -194,15 +205,51 @@ def test_caches_of_any_window_and_length_are_the_kernels(monkeypatch, window, to
     assert cache.windows == exact.windows
     assert cache.keys.shape[2] == slots
     assert unsupported(jnp.zeros((1, 4, 64), jnp.bfloat16), cache.slots) is None
+    # What the kernel would not take anyway has no more than it needs.
+    for other in (made(head_dim=96), made(dtype=jnp.float32)):
+        assert other.keys.shape[2] == max(exact.windows)
+
+
+def test_explain_says_which_steps_the_kernel_does_not_take(monkeypatch):
+    line = "steps of decoding in float32 or float64, or of head sizes other than 64 and 128, run on: xla"
+    for reason in (None, "it is not there"):
+        monkeypatch.setitem(IMPLEMENTATIONS["mosaic_gpu"].__dict__, "unavailable", lambda reason=reason: reason)
+        assert (line in explain()) == (reason is None)
+
+
+def test_a_layer_decodes_by_the_kernel(monkeypatch):
+    """Whatever its window and the length of what it reads."""
+    monkeypatch.setitem(IMPLEMENTATIONS["mosaic_gpu"].__dict__, "unavailable", lambda: None)
+    layer = nn.DynamicMaskAttention(
+        128, num_heads=2, num_kv_heads=1, head_dim=64, window=200, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    graph, state = nnx.split(layer)
+
+    @jax.jit
+    def step(state, x, cache):
+        return nnx.merge(graph, state).decode(x, cache)
+
+    arguments = (state, jnp.zeros((1, 1, 128), jnp.bfloat16), layer.init_cache(1, 77))
+    text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_the_kernel_on_a_hopper_gpu(name):
+    if reason := IMPLEMENTATIONS["mosaic_gpu"].unavailable():
+        pytest.skip(reason)
+    case = KERNEL_CASES[name]
+    inputs = make_step(*case["shape"], windows=case["windows"], filled=case["filled"], seed=len(name))
+    check(jax.jit(STEPS["mosaic_gpu"], static_argnames=("windows", "scale")), inputs, case["windows"])
 
 
 def test_what_the_kernel_does_not_take_is_said():
     inputs = make_step(1, 4, 2, 128, 64, windows=(128, 128), filled=1)
     query, slots = inputs[0], inputs[5]
     assert unsupported(query, slots) is None
-    assert "bfloat16 or float16, not float32" in unsupported(query.astype(jnp.float32), slots)
+    assert "bfloat16 or float16 and head sizes 64 and 128, not float32" in unsupported(query.astype(jnp.float32), slots)
     assert "multiples of 128, not 127" in unsupported(query, Slots(*(a[:, :, 1:] for a in slots)))
-    assert "head sizes 64 and 128, not 63" in unsupported(query[..., 1:], slots)
+    assert "head sizes 64 and 128, not bfloat16 with bfloat16 and 63" in unsupported(query[..., 1:], slots)
     with pytest.raises(ValueError, match="implementation must be None or one of 'mosaic_gpu', 'xla', got 'cuda'"):
         decode_step(*inputs, windows=(128, 128), scale=1.0, implementation="cuda")
     if IMPLEMENTATIONS["mosaic_gpu"].unavailable():

@@ -93,7 +93,7 @@ def test_a_row_of_a_dynamic_mask_model_is_its_window():
     cache = engine_of(max_length=1 << 20)._slots._rows.cache
     # A GPU with room has a cache a layer.
     keys = cache.keys if hasattr(cache, "keys") else np.stack([layer.keys for layer in cache])
-    assert keys.shape == (2, 3, 2, room_for(7), 10)
+    assert keys.shape == (2, 3, 2, room_for(7, 10, keys.dtype), 10)
 
 
 def test_stop_tokens_and_logprobs():

@@ -64,6 +64,7 @@ def test_kernel_on_a_hopper_gpu(name):
     check_head_gradients(*CASES[name])
 
 
+@pytest.mark.usefixtures("only_signed_integers")
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_lowers_for_cuda(name):
     shape, angle_rows, dtype = CASES[name]

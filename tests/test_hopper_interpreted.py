@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gpu_interpreter import AVAILABLE, interpret, interpret_gathers
 from reference import EACH, RATIO, assert_close, make_case, residue, rms_ratio, rounded, run, truth
-from test_decoding import STEPS, check, evicted_nan, make_step, odd_gates, without_nan
+from test_decoding import KERNEL_CASES, STEPS, check, evicted_nan, make_step, odd_gates, without_nan
 from test_head_gradients import CASES as HEAD_CASES
 from test_head_gradients import check_head_gradients
 from test_pattern_hopper import HEADS, KV_HEADS, make_patterns, visible
@@ -19,8 +19,8 @@ from test_pattern_hopper import HEADS, KV_HEADS, make_patterns, visible
 from benchmarks import tune
 from dmattn_jax.documents import document_bounds
 from pallas_kernels import BlockSizes
-from pallas_kernels.gpu import MOSAIC_GPU, gathers
-from pallas_kernels.gpu.backward_key import KeyGradientSizes
+from pallas_kernels.gpu import MOSAIC_GPU, backward_key, counting, gathers
+from pallas_kernels.gpu.backward_key import KeyGradientSizes, parts_of
 from pallas_kernels.gpu.backward_query import QueryGradientSizes
 from pallas_kernels.gpu.config import block_sizes
 from pallas_kernels.gpu.forward import ForwardSizes
@@ -52,8 +52,11 @@ def test_kernels_without_races_under_the_interpreter(monkeypatch, name):
     options, dtype = INTERPRETED[name]
     options = {"batch": 1, "kv_heads": 2, "dim": 64, "multiprocessors": 2, **options}
     interpret(monkeypatch, options.pop("multiprocessors"))
+    cut = []
+    monkeypatch.setattr(backward_key, "parts_of", lambda *args, **how: cut.append(parts_of(*args, **how)) or cut[-1])
     case = rounded(make_case(**options), dtype)
     got, want = run(case, dtype, implementation="mosaic_gpu"), truth(case)
+    assert name != "three parts of a group" or cut == [3]
     assert_close(got, want, ratio=RATIO[dtype], each=EACH[dtype], zero=residue(case, dtype))
     if dtype == "float16":
         # The gate's gradient does not have the rounding of the outputs in it.
@@ -146,23 +149,9 @@ def test_gradients_of_heads_under_the_interpreter(monkeypatch, name):
     check_head_gradients(*HEAD_CASES[name])
 
 
-DECODED = {
-    # One part of three tiles, so that buffers are used again.
-    "full": {"shape": (1, 6, 2, 384, 64), "windows": (384, 300), "filled": 999, "multiprocessors": 1},
-    "two parts, half full": {"shape": (2, 3, 1, 256, 128), "windows": (256,), "filled": 100, "multiprocessors": 2},
-    "places beyond every window": {
-        "shape": (2, 4, 2, 256, 64),
-        "windows": (200, 200),
-        "filled": 999,
-        "multiprocessors": 2,
-    },
-    "empty": {"shape": (1, 2, 2, 128, 64), "windows": (128, 77), "filled": 0, "multiprocessors": 4},
-}
-
-
-@pytest.mark.parametrize("name", DECODED if AVAILABLE else ())
+@pytest.mark.parametrize("name", KERNEL_CASES if AVAILABLE else ())
 def test_a_step_of_decoding_without_races_under_the_interpreter(monkeypatch, name):
-    case = DECODED[name]
+    case = KERNEL_CASES[name]
     interpret(monkeypatch, case["multiprocessors"])
     inputs = make_step(*case["shape"], windows=case["windows"], filled=case["filled"], seed=len(name))
     step = jax.jit(STEPS["mosaic_gpu"], static_argnames=("windows", "scale"))
@@ -183,9 +172,20 @@ def test_odd_steps_of_decoding_under_the_interpreter(monkeypatch, odd):
         check(step, evicted_nan(inputs, windows), windows)
 
 
-@pytest.mark.parametrize(("length", "epoch"), [(150, 32), (1100, 1024)] if AVAILABLE else ())
-def test_selection_without_races_under_the_interpreter(monkeypatch, length, epoch):
+SELECTED = [
+    (150, 32, (37, 5)),
+    (1100, 1024, (37, 5)),
+    # Without lists: a few keys, several tiles of them, and gates that are read in two pieces.
+    (33, 64, (3, 40)),
+    (150, 128, (37, 5)),
+    (600, 512, (200, 200)),
+]
+
+
+@pytest.mark.parametrize(("length", "epoch", "windows"), SELECTED if AVAILABLE else ())
+def test_selection_without_races_under_the_interpreter(monkeypatch, length, epoch, windows):
     """The kernels of selection against their portable form: several spans a program, and several chunks a span."""
+    monkeypatch.setattr(counting, "READ", 512)
     random = np.random.default_rng(length)
     gate = jnp.asarray(np.round(random.normal(size=(1, 2, length)), 1), jnp.float32)
     document = jnp.asarray(np.cumsum(random.random(length) < 0.01)[None] + 1, jnp.int32)
@@ -193,7 +193,7 @@ def test_selection_without_races_under_the_interpreter(monkeypatch, length, epoc
 
     def select():
         blocks = BlockSizes(epoch=epoch, granule=16)
-        return MOSAIC_GPU.select(gate, (37, 5), bounds.start, bounds.end, queries=length, blocks=blocks)
+        return MOSAIC_GPU.select(gate, windows, bounds.start, bounds.end, queries=length, blocks=blocks)
 
     want = select()
     interpret_gathers(monkeypatch)

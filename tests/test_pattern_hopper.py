@@ -123,6 +123,7 @@ def test_halves_of_a_tile_are_the_consumers():
         np.testing.assert_array_equal(bits, inside[4, half * HALF + row, 32 * word : 32 * word + 32])
 
 
+@pytest.mark.usefixtures("only_signed_integers")
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads", "dim", "dtype", "side"),
     [(1031, 6, 3, 64, jnp.bfloat16, 200), pytest.param(300, 4, 1, 72, jnp.float16, 1, marks=pytest.mark.slow)],

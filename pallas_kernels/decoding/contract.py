@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 EMPTY = -1
@@ -66,12 +67,14 @@ class Implementation:
     """A step for one kind of device.
 
     unavailable(): None where it runs on this machine, else the reason in words.
-    unsupported(query, slots): None where it takes such arrays, else the reason in words. granule: slots come in
-    multiples of it.
+    unsupported(query, slots): None where it takes such arrays, else the reason in words.
+    granule(head_dim, dtype): slots of such keys come in multiples of it.
+    limits(): what is left to the portable step, a line each, as `explain` prints it.
     """
 
     name: str
     step: Step
     unavailable: Callable[[], str | None]
     unsupported: Callable[[Array, Slots], str | None]
-    granule: int = 1
+    granule: Callable[[int, DTypeLike], int] = lambda head_dim, dtype: 1
+    limits: Callable[[], list[str]] = list

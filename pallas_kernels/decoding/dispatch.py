@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.choice import choose
@@ -13,9 +14,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {entry.name: entry for entry in (MO
 """The most preferred first; a new backend adds itself here."""
 
 
-def room_for(keys: int) -> int:
+def room_for(keys: int, head_dim: int, dtype: DTypeLike) -> int:
     """Slots for so many keys: as many, or the next multiple that the most preferred implementation here takes."""
-    granule = choose(IMPLEMENTATIONS, None, lambda entry: entry.unavailable()).granule
+    granule = choose(IMPLEMENTATIONS, None, lambda entry: entry.unavailable()).granule(head_dim, dtype)
     return -(-keys // granule) * granule
 
 

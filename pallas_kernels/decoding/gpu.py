@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.decoding.contract import EMPTY, Implementation, Slots
@@ -24,7 +25,7 @@ from pallas_kernels.gpu.pipeline import load_as, load_vector
 from pallas_kernels.gpu.scratch import HALF_TILE, SINGLE_TILE
 from pallas_kernels.gpu.softmax import NOTHING
 from pallas_kernels.gpu.tiles import LOG2E
-from pallas_kernels.order import sortable
+from pallas_kernels.order import TAKEN, order_of, sortable
 
 ROWS = 64
 """Rows of a warpgroup's product: query heads of one kv head, at most."""
@@ -33,7 +34,8 @@ TILE = 128
 PIECE = 2048
 """Slots whose gates are compared at once."""
 HEAD_SIZES = (64, 128)
-NEVER = jnp.iinfo(jnp.int32)
+NEVER = jnp.iinfo(jnp.int32).max
+"""Above every position and every slot."""
 
 
 def parts_of(rows: int, slots: int) -> int:
@@ -55,7 +57,7 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
     factor = scale * LOG2E
     dtype = slots.keys.dtype
     grouped = jnp.pad(query.reshape(batch, kv_heads, group, dim), ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
-    rank = jnp.where(jnp.isneginf(gate), NEVER.min, sortable(gate))
+    rank = order_of(gate)
     # One window for all heads is a number of the program.
     limits = [] if len(set(windows)) == 1 else [jnp.asarray(windows, jnp.int32)]
     pieces = [(at, min(PIECE, held - at)) for at in range(0, held, PIECE)]
@@ -88,19 +90,19 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
 
         def ranks(at, size):
             usable = index(at, size) < (limit[0][head] if limit else windows[0])
-            return jnp.where(usable, sortable(line(gate_ref, at, size)), NEVER.max)
+            return jnp.where(usable, sortable(line(gate_ref, at, size)), TAKEN)
 
         def least_of(found):
-            least = jnp.int32(NEVER.max)
+            least = jnp.int32(NEVER)
             for at, size in pieces:
                 least = jnp.minimum(least, found(at, size).min())
             return least
 
         least = least_of(ranks)
-        oldest = least_of(lambda at, size: jnp.where(ranks(at, size) == least, line(place_ref, at, size), NEVER.max))
+        oldest = least_of(lambda at, size: jnp.where(ranks(at, size) == least, line(place_ref, at, size), NEVER))
         slot = least_of(
             lambda at, size: jnp.where(
-                (ranks(at, size) == least) & (line(place_ref, at, size) == oldest), index(at, size), NEVER.max
+                (ranks(at, size) == least) & (line(place_ref, at, size) == oldest), index(at, size), NEVER
             )
         )
         slot = jnp.where(rank_new[row, head] >= least, slot, -1)
@@ -204,6 +206,7 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
     # XLA takes slices (of a model's cache, say), and the places where results go in turn, into one fusion with the
     # kernel; inside of it nothing knows that the kernel changes an operand in place, and it would read keys that nobody
     # has written. Behind these barriers none of its arrays is a slice.
+    gate = gate.astype(slots.gate.dtype)
     operands = (grouped, key.astype(dtype), value.astype(dtype), gate, rank, position, *limits)
     operands, slots = jax.lax.optimization_barrier((operands, slots))
     keys, values = jax.new_ref(slots.keys), jax.new_ref(slots.values)
@@ -236,10 +239,11 @@ def run(body: Any, out_type: Any, grid: dict[str, int]) -> Any:
 
 def unsupported(query: Array, slots: Slots) -> str | None:
     """None for half precision, head sizes 64 and 128, and slots in whole tiles; else what is out of range."""
-    if slots.keys.dtype not in (jnp.bfloat16, jnp.float16) or query.dtype != slots.keys.dtype:
-        return f"it takes bfloat16 or float16, not {query.dtype} and {slots.keys.dtype}"
-    if query.shape[2] not in HEAD_SIZES:
-        return f"it takes head sizes 64 and 128, not {query.shape[2]}"
+    if query.dtype != slots.keys.dtype or not _suits(query.shape[2], query.dtype):
+        return (
+            f"it takes bfloat16 or float16 and head sizes {' and '.join(map(str, HEAD_SIZES))}, "
+            f"not {query.dtype} with {slots.keys.dtype} and {query.shape[2]}"
+        )
     if slots.gate.shape[2] % TILE:
         return f"it takes slots in multiples of {TILE}, not {slots.gate.shape[2]}"
     if query.shape[1] // slots.gate.shape[1] > ROWS:
@@ -247,4 +251,19 @@ def unsupported(query: Array, slots: Slots) -> str | None:
     return None
 
 
-MOSAIC_GPU = Implementation("mosaic_gpu", step, unavailable, unsupported, granule=TILE)
+def granule(head_dim: int, dtype: DTypeLike) -> int:
+    """`contract.Implementation.granule`: slots come in tiles."""
+    return TILE if _suits(head_dim, dtype) else 1
+
+
+def _suits(head_dim: int, dtype: DTypeLike) -> bool:
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim in HEAD_SIZES
+
+
+def limits() -> list[str]:
+    """`contract.Implementation.limits`."""
+    sizes = " and ".join(map(str, HEAD_SIZES))
+    return [f"steps of decoding in float32 or float64, or of head sizes other than {sizes}, run on: xla"]
+
+
+MOSAIC_GPU = Implementation("mosaic_gpu", step, unavailable, unsupported, granule, limits)

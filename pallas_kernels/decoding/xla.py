@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.decoding.contract import EMPTY, Implementation, Slots
-from pallas_kernels.order import sortable
+from pallas_kernels.order import TAKEN, sortable
 from pallas_kernels.xla.tiles import accumulation_dtype, matmul
 
 
@@ -23,7 +23,7 @@ def insert(
     index = jnp.arange(slots.gate.shape[2])
     usable = index < jnp.asarray(windows, jnp.int32)[:, None]
     gate = gate[:, :, None]
-    rank = jnp.where(usable, sortable(slots.gate), jnp.iinfo(jnp.int32).max)
+    rank = jnp.where(usable, sortable(slots.gate), TAKEN)
     least = rank.min(axis=-1, keepdims=True)
     oldest = jnp.where(rank == least, slots.position, jnp.iinfo(jnp.int32).max)
     slot = jnp.argmin(oldest, axis=-1)[..., None]
@@ -33,7 +33,7 @@ def insert(
     return Slots(
         keys=jnp.where(here[..., None], key[:, :, None].astype(slots.keys.dtype), slots.keys),
         values=jnp.where(here[..., None], value[:, :, None].astype(slots.values.dtype), slots.values),
-        gate=jnp.where(here, gate, slots.gate),
+        gate=jnp.where(here, gate.astype(slots.gate.dtype), slots.gate),
         position=jnp.where(here, position[:, None, None], slots.position),
     )
 

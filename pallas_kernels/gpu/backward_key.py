@@ -1,9 +1,9 @@
 """dk, dv and dbias on Hopper, per row of the lists: each program keeps one tile of keys and walks its queries.
 
 The products are the transposes of the forward's, so that keys are rows: Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, dV += Pᵀ·dO,
-dK += dSᵀ·Q. The heads of a group are walked one after the other, so their sum needs no other program; where that would
-leave multiprocessors idle, parts of a group have programs of their own, and XLA adds them up. How the two consumers
-share a tile is in `key_consumers`.
+dK += dSᵀ·Q. The heads of a group are walked one after the other, so their sum needs no other program; where that makes
+too few programs to keep all multiprocessors at work, parts of a group have programs of their own, and XLA adds them up.
+How the two consumers share a tile is in `key_consumers`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class KeyGradientSizes(PassSizes):
 
 
 def parts_of(programs: int, group: int, *, equal: bool) -> int:
-    """Into how many equal parts the heads of a group are cut: as many as multiprocessors are there for, or one.
+    """Into how many equal parts the heads of a group are cut: as many as keep multiprocessors at work, or one.
 
     equal: whether the programs are of one length. Where they are not, two for each multiprocessor end sooner than one
     that is as long as the longest.
@@ -100,7 +100,7 @@ def key_gradients(
     block_q, block_k = sizes.block_q, sizes.block_k
     tiles_per_epoch = rows.capacity // block_k
     listed = rows.carried > 0
-    # Without lists the first keys are seen by most queries, the last by few.
+    # Without lists the first tiles of keys are visited by most queries, the last by few.
     parts = parts_of(length // block_k * batch * kv_heads, heads // kv_heads, equal=listed)
     group = heads // kv_heads // parts
     consume = consume_products if sizes.by_product else consume_halves

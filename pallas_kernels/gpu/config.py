@@ -30,6 +30,8 @@ class HopperBlockSizes(BlockSizes):
         for name, unit in (("epoch", max(BLOCK_Q, self.key_gradient.block_q)), ("granule", GRANULE)):
             if getattr(self, name) % unit:
                 raise ValueError(f"{name} must be a multiple of {unit}, got {getattr(self, name)}")
+        if self.epoch & (self.epoch - 1):
+            raise ValueError(f"epoch must be a power of two, got {self.epoch}")
         sizes = {self.forward.head_dim, self.query_gradient.head_dim, self.key_gradient.head_dim}
         if len(sizes) > 1:
             raise ValueError(f"head_dim must be the same in every pass, got {sorted(sizes)}")

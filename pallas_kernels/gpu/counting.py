@@ -23,9 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.gathers import CHUNK, WARPGROUP, iota, launch, read
-from pallas_kernels.gpu.ranked import NOTHING, TAKEN
 from pallas_kernels.gpu.tree import split
-from pallas_kernels.order import sortable
+from pallas_kernels.order import NOTHING, TAKEN, order_of
 
 MOST_KEYS = 4096
 """Keys of a row, at most."""
@@ -37,35 +36,37 @@ READ = 4 * CHUNK
 """Keys whose gates are read at once, at most."""
 
 
-def outranked(
+def expiry_by_counting(
     gate: Float[Array, "B K S"],
     windows: tuple[int, ...],
     start: Int32[Array, "B S"],
     end: Int32[Array, "B S"],
 ) -> Int32[Array, "B K S"]:
-    """The expiry of each key: where it leaves the window, at most the end of its document; its own position for a key
-    that is never seen. Arguments as of `contract.Select`; one kernel on a CUDA GPU, the same by XLA elsewhere."""
+    """Where each key leaves the window, at most at the end of its document; a key that is never seen leaves where it
+    stands. Arguments as of `contract.Select`. One kernel on a CUDA GPU; the same by XLA elsewhere.
+
+    Raises: ValueError for more than MOST_KEYS keys.
+    """
     batch, heads, length = gate.shape
+    if length > MOST_KEYS:
+        raise ValueError(f"a row must have at most {MOST_KEYS:,} keys to be counted, got {length:,}")
     rows, blocks = batch * heads, -(-length // BLOCK)
     limits = () if len(set(windows)) == 1 else (jnp.tile(jnp.asarray(windows, jnp.int32), batch),)
 
     def portable(gate, start, end, *limits):
-        seen = jnp.moveaxis(gate, 1, 2).reshape(rows, length)
-        order = jnp.where(jnp.isneginf(seen), NOTHING, sortable(seen))
-        known = jnp.pad(order, ((0, 0), (0, blocks * BLOCK - length)), constant_values=NOTHING)
-        begin, until = (jnp.repeat(array, heads, axis=0) for array in (start, end))
+        order = order_of(jnp.moveaxis(gate, 1, 2).reshape(rows, length))
+        padded = jnp.pad(order, ((0, 0), (0, blocks * BLOCK - length)), constant_values=NOTHING)
+        start, end = (jnp.repeat(array, heads, axis=0) for array in (start, end))
         window = limits[0][:, None] if limits else windows[0]
         own = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), order.shape)
-        leaves = _leaves(
-            own,
-            order,
-            begin,
-            window,
-            lambda place: lax.dynamic_slice_in_dim(known, place, 1, axis=1),
-            lambda places: jnp.take_along_axis(known, places, axis=1, mode="promise_in_bounds"),
-            blocks,
-        )
-        return _within(leaves, own, order, until)
+
+        def order_at(place):
+            return lax.dynamic_slice_in_dim(padded, place, 1, axis=1)
+
+        def orders_at(places):
+            return jnp.take_along_axis(padded, places, axis=1, mode="promise_in_bounds")
+
+        return _bounded(_first_full(own, order, start, window, order_at, orders_at, blocks), own, order, end)
 
     def kernel(gate, start, end, *limits):
         tiles, size = -(-length // WARPGROUP), min(READ, -(-length // CHUNK) * CHUNK)
@@ -80,9 +81,7 @@ def outranked(
             def rank(piece, _):
                 place = iota((size,), 0) + piece * size
                 value = read(gate, (jnp.minimum(place, length - 1) + item * length) * heads + head)
-                orders[pl.ds(piece * size, size)] = jnp.where(
-                    (place < length) & (value != -jnp.inf), sortable(value), NOTHING
-                )
+                orders[pl.ds(piece * size, size)] = jnp.where(place < length, order_of(value), NOTHING)
 
             own = iota((WARPGROUP,), 0) + tile * WARPGROUP
             at = jnp.minimum(own, length - 1) + item * length
@@ -92,10 +91,10 @@ def outranked(
             # All four warps have written before any of them reads.
             plgpu.commit_smem()
             order = read(orders, own)
-            leaves = _leaves(
-                own, order, begin, window, lambda place: orders[place], lambda at: read(orders, at), blocks
+            full = _first_full(
+                own, order, begin, window, lambda place: orders[place], lambda places: read(orders, places), blocks
             )
-            target[pl.ds((row * tiles + tile) * WARPGROUP, WARPGROUP)] = _within(leaves, own, order, until)
+            target[pl.ds((row * tiles + tile) * WARPGROUP, WARPGROUP)] = _bounded(full, own, order, until)
 
         whole = jax.ShapeDtypeStruct((rows * tiles * WARPGROUP,), jnp.int32)
         buffers = [plgpu.SMEM((pieces * size,), jnp.int32)]
@@ -108,24 +107,25 @@ def outranked(
     return lax.platform_dependent(*operands, cuda=kernel, default=portable).reshape(gate.shape)
 
 
-def _leaves(
+def _first_full(
     own: Int32[Array, "*n"],
     order: Int32[Array, "*n"],
     begin: Int32[Array, "*n"],
-    window: Any,
-    one: Callable[[Any], Any],
-    each: Callable[[Int32[Array, "*n"]], Int32[Array, "*n"]],
+    window: int | Int32[Array, "..."],  # noqa: UP037
+    order_at: Callable[[Any], Any],
+    orders_at: Callable[[Int32[Array, "*n"]], Int32[Array, "*n"]],
     blocks: int,
 ) -> Int32[Array, "*n"]:
     """The first position up to which `window` keys outrank each key; that behind the last block if there is none.
 
-    one: the order of the key at a place, the same place for all keys; each: of a place for each key.
+    own, order, begin: each key's position, its order, and where its document begins. order_at: the order of the key at
+    one place; orders_at: of the keys at a place for each key.
     """
     nothing = own - own
     own_block, first_block = (split(place, BLOCK)[0] for place in (own, begin))
 
     def above(place):
-        found = each(place)
+        found = orders_at(place)
         return (place >= begin) & ((found > order) | ((found == order) & (place > own)))
 
     def threshold(block):
@@ -137,7 +137,7 @@ def _leaves(
         bound, missing = threshold(block), nothing
         for n in range(BLOCK):
             place = block * BLOCK + n
-            missing += jnp.where(above(place), 1, 0) - jnp.where(each(place) > bound, 1, 0)
+            missing += jnp.where(above(place), 1, 0) - jnp.where(orders_at(place) > bound, 1, 0)
         return missing
 
     of_own, of_first = error(own_block), error(first_block)
@@ -147,19 +147,19 @@ def _leaves(
         bound = threshold(block)
         sums = [first + jnp.where(block == own_block, of_own, jnp.where(block == first_block, of_first, 0)), *sums]
         for n in range(BLOCK):
-            sums[n % SUMS] += jnp.where(bound < one(block * BLOCK + n), 1, 0)
+            sums[n % SUMS] += jnp.where(bound < order_at(block * BLOCK + n), 1, 0)
         found = sum(sums[1:], sums[0])
         vacant = found < window
         return tuple(sums), jnp.where(vacant, found, before), full + jnp.where(vacant, 1, 0)
 
     _, so_far, full = lax.fori_loop(0, blocks, count, ((nothing,) * SUMS, nothing, nothing))
-    leaves, block = full * BLOCK, jnp.minimum(full, blocks - 1)
+    position, block = full * BLOCK, jnp.minimum(full, blocks - 1)
     for n in range(BLOCK):
         so_far += jnp.where(above(block * BLOCK + n), 1, 0)
-        leaves += jnp.where(so_far < window, 1, 0)
-    return jnp.where(full < blocks, leaves, blocks * BLOCK)
+        position += jnp.where(so_far < window, 1, 0)
+    return jnp.where(full < blocks, position, blocks * BLOCK)
 
 
-def _within(leaves, own, order, end):
+def _bounded(full, own, order, end):
     """Not past the document's end, and not before the key itself; at once for a key that no query may see."""
-    return jnp.where(order == NOTHING, own, jnp.maximum(jnp.minimum(leaves, end), own))
+    return jnp.where(order == NOTHING, own, jnp.maximum(jnp.minimum(full, end), own))

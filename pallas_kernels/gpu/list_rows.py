@@ -58,7 +58,8 @@ def _portable(key, value, index):
     rows = [jnp.take_along_axis(array, jnp.minimum(own, length - 1), axis=1) for array in (key, value)]
     finite = [jnp.isfinite(array) for array in rows]
     rows = [jnp.where((own < length) & there, array, 0) for array, there in zip(rows, finite, strict=True)]
-    return *rows, (~(finite[0] & finite[1]).all(-1)).astype(jnp.int32)
+    broken = ~(finite[0] & finite[1]).all(-1)
+    return *rows, ((own[..., 0] < length) & broken).astype(jnp.int32)
 
 
 def _kernel(key, value, index, *, granule: int):

@@ -7,8 +7,9 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.contract import BlockSizes, EpochLists
 from pallas_kernels.gpu.gathers import gathered
-from pallas_kernels.gpu.ranked import NOTHING, Ranked, bits_of, last_not_above, nth_set_bit, place_of, set_bits
+from pallas_kernels.gpu.ranked import Ranked, bits_of, last_not_above, nth_set_bit, place_of, set_bits
 from pallas_kernels.gpu.tree import INTEGERS, LEAF, Tree, split
+from pallas_kernels.order import NOTHING
 
 
 def epoch_lists(

@@ -1,8 +1,8 @@
 """Short lists of keys in falling order of (gate, position): merged and searched, one element at a time.
 
 Everything is elementwise in the place asked for, and reads lists through functions, so that `gathers.gathered` makes
-one kernel of it. In such a kernel what is selected must not be a number first: `where(found, 0, place)` comes out
-unsigned, and is compared so from there on.
+one kernel of it. In such a kernel `where(found, NUMBER, place)` comes out unsigned and is compared and reduced so from
+there on: the number must not be the first choice, and zeros to start from must be made of the array.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
-
-NOTHING = jnp.iinfo(jnp.int32).min
-"""The order of a place that holds no key: below every gate."""
-TAKEN = jnp.iinfo(jnp.int32).max
-"""The order of a place that no key may have: above every gate."""
 
 
 class Ranked(NamedTuple):
@@ -66,7 +61,7 @@ def place_of(
     size: int,
 ) -> Int32[Array, " n"]:
     """How many keys of a list of `size` are above (order, position)."""
-    low = order - order  # zeros that are no number
+    low = order - order
     for step in _halving(size):
         more = jnp.minimum(low + step, size)
         held = orders(more - 1)

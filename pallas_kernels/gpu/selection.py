@@ -1,5 +1,7 @@
 """Lifetimes and epoch lists on a GPU: a tree of merges, in which no step is longer than a few kernels.
 
+Rows that have no lists and are short enough are not merged but counted (`counting`).
+
 A prefix is summarised by its own top w, and of the keys that a prefix shows only the lowest L can leave during the
 next L positions. So, per kv head:
 
@@ -20,18 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import BlockSizes, Intervals
-from pallas_kernels.gpu.counting import MOST_KEYS, outranked
+from pallas_kernels.gpu.counting import MOST_KEYS, expiry_by_counting
 from pallas_kernels.gpu.gathers import Stage, gathered, staged
 from pallas_kernels.gpu.lists import epoch_lists
-from pallas_kernels.gpu.ranked import (
-    NOTHING,
-    TAKEN,
-    List,
-    Ranked,
-    merged,
-)
+from pallas_kernels.gpu.ranked import List, Ranked, merged
 from pallas_kernels.gpu.tree import INTEGERS, LEAF, Tree, split
-from pallas_kernels.order import sortable
+from pallas_kernels.order import NOTHING, TAKEN, order_of
 
 
 def select(
@@ -42,8 +38,10 @@ def select(
     *,
     queries: int,
     blocks: BlockSizes,
-) -> Intervals:
+) -> Intervals | None:
     """`contract.Select`: what each key's gate and document make of it; lists where they are shorter than the row."""
+    if jnp.finfo(gate.dtype).bits > 32:
+        return None  # an order of 32 bits would tie what differs
     batch, heads, length = gate.shape
     position = jnp.arange(length, dtype=jnp.int32)
     starts = jnp.broadcast_to(position, gate.shape)
@@ -52,7 +50,7 @@ def select(
         return Intervals(starts, jnp.where(jnp.isneginf(gate), position, whole), starts_at_key=True)
     listed = max(windows) + blocks.epoch < length
     if not listed and length <= MOST_KEYS:
-        return Intervals(starts, outranked(gate, windows, start, end), starts_at_key=True)
+        return Intervals(starts, expiry_by_counting(gate, windows, start, end), starts_at_key=True)
     size = blocks.epoch if listed else min(blocks.epoch, max(LEAF, 1 << (length - 1).bit_length()))
     if size % LEAF or size & (size - 1):
         raise ValueError(f"epoch must be a power of two, {LEAF} or more, got {size}")
@@ -98,7 +96,7 @@ def _sort_blocks(tree: Tree, gate: Float[Array, "B K S"], front: int, begins: In
         at = place - front
         inside = (at >= 0) & (at < length)
         value = reads[0]((item * length + jnp.clip(at, 0, length - 1)) * heads + head)
-        return jnp.where(inside & (value != -jnp.inf), sortable(value), NOTHING), place
+        return jnp.where(inside, order_of(value), NOTHING), place
 
     halves = [1 << power for power in range(tree.size.bit_length() - 1)]
     stages = [single, *(_merge_pairs(tree, half) for half in halves)]
