@@ -175,8 +175,8 @@ def generation(name: str, content: dict[str, Any], figures: Path) -> str:
     profiled = {f"{row['attention']}, {row['length']:,}": row for row in content["rows"] if row.get("breakdown")}
     if profiled:
         said = (
-            "Microseconds of a token's kernels, by the part of the model that they belong to. Between them the profiler "
-            "takes time too:"
+            "Microseconds of a token's kernels, by the part of the model that they belong to. Between them the "
+            "profiler takes time too:"
         )
         parts += [said, "", _parts("attention, context", profiled, scale=1e3), ""]
     return "\n".join([*parts, _picture(name, "Speed and memory against context")])

@@ -1,4 +1,4 @@
-"""Dynamic-mask attention in JAX: content-chosen sparse attention that costs what a sliding window costs."""
+"""Dynamic-mask attention in JAX: content-chosen sparse attention at about the cost of a sliding window."""
 
 from dmattn_jax.attention import causal_attention, dynamic_mask_attention, sliding_window_attention
 from dmattn_jax.dispatch import explain

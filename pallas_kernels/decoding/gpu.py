@@ -23,7 +23,7 @@ from pallas_kernels.decoding.contract import EMPTY, Implementation, Slots
 from pallas_kernels.gpu.device import multiprocessors, unavailable
 from pallas_kernels.gpu.pipeline import load_as, load_vector
 from pallas_kernels.gpu.scratch import HALF_TILE, SINGLE_TILE
-from pallas_kernels.gpu.softmax import NOTHING
+from pallas_kernels.gpu.softmax import UNSEEN
 from pallas_kernels.gpu.tiles import LOG2E
 from pallas_kernels.order import TAKEN, order_of, sortable
 
@@ -171,7 +171,7 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
 
         carry = (
             plgpu.layout_cast(jnp.full((ROWS, dim), 0, jnp.float32), plgpu.Layout.WGMMA),
-            plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), by_row),
+            plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
             plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.float32), by_row),
         )
         weighted, shift, total = lax.fori_loop(0, tiles, visit, carry)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Where nothing has been seen yet: finite, so that differences of it are 0 and not NaN.
-NOTHING = -1e30
+UNSEEN = -1e30
 
 
 class Slots(NamedTuple):
@@ -50,7 +50,7 @@ def attend_tiles(
     dtype = q_tile.dtype
     count = runs[-1][0]
     by_row = plgpu.Layout.WGMMA.reduce(1)
-    shift = plgpu.layout_cast(jnp.full((half,), NOTHING, jnp.float32), by_row)
+    shift = plgpu.layout_cast(jnp.full((half,), UNSEEN, jnp.float32), by_row)
     total = plgpu.layout_cast(jnp.full((half,), 0, jnp.float32), by_row)
     weighted = plgpu.layout_cast(jnp.full((half, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
 
