@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,17 +16,35 @@ if TYPE_CHECKING:
     from dmattn_jax.io.tokenizers import Tokenizer
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How new tokens are chosen, and what ends a text."""
+
+    temperature: float = 0.8
+    """0 always takes the likeliest token; higher is more varied."""
+    top_k: int | None = None
+    """Draw among the likeliest K tokens only."""
+    top_p: float | None = 0.95
+    """Draw among the likeliest tokens of this total probability only."""
+    min_p: float | None = None
+    """Draw among tokens of at least this share of the likeliest's probability only."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that are there already become less likely."""
+    seed: int = 0
+    """The same seed, and in a conversation the same lines, give the same text."""
+    stop: tuple[str, ...] = ()
+    """End before any of these texts."""
+
+    def options(self) -> dict[str, Any]:
+        """The fields of `dmattn_jax.sampling.Sampling`."""
+        return {name: value for name, value in vars(self).items() if name != "stop"}
+
+
 def generate(
     run: tyro.conf.Positional[Path],
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("",),
     tokens: int = 256,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop: tuple[str, ...] = (),
-    seed: int = 0,
+    drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing(),
     prefill_chunk: int | None = None,
     best: bool = False,
 ) -> int:
@@ -38,13 +57,7 @@ def generate(
             file, or hf:OWNER/NAME.
         prompt: What to continue.
         tokens: New tokens at most.
-        temperature: 0 always takes the likeliest token; higher is more varied.
-        top_k: Draw among the likeliest K tokens only.
-        top_p: Draw among the likeliest tokens of this total probability only.
-        min_p: Draw among tokens of at least this share of the likeliest's probability only.
-        repetition_penalty: Above 1, tokens that are there already become less likely.
-        stop: End before any of these texts.
-        seed: The same seed gives the same text.
+        drawing: How new tokens are chosen, and what ends a text.
         prefill_chunk: Read long prompts so many tokens at a time, to bound memory.
         best: Take the checkpoint of the lowest validation loss instead of the newest.
     """
@@ -64,15 +77,10 @@ def generate(
                 prompts[0],
                 tokenizer,
                 max_new_tokens=tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                stop_tokens=_stop_tokens(opened.tokenizer),
-                stop_strings=stop,
-                seed=seed,
+                stop_tokens=_stop_tokens(tokenizer),
+                stop_strings=drawing.stop,
                 prefill_chunk=prefill_chunk,
+                **drawing.options(),
             )
             print(prompt[0], end="", flush=True)
             _write(pieces)
@@ -81,9 +89,9 @@ def generate(
             opened.model,
             prompts,
             max_new_tokens=tokens,
-            sampling=Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed),
-            stop_tokens=_stop_tokens(opened.tokenizer),
-            stop_strings=stop,
+            sampling=Sampling(**drawing.options()),
+            stop_tokens=_stop_tokens(tokenizer),
+            stop_strings=drawing.stop,
             tokenizer=tokenizer,
             prefill_chunk=prefill_chunk,
         )
@@ -98,13 +106,7 @@ def chat(
     run: tyro.conf.Positional[Path],
     system: str | None = None,
     tokens: int = 512,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop: tuple[str, ...] = (),
-    seed: int = 0,
+    drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing(),
     prefill_chunk: int | None = 1024,
     best: bool = False,
 ) -> int:
@@ -119,13 +121,7 @@ def chat(
             file, or hf:OWNER/NAME.
         system: What to tell the model before the conversation.
         tokens: New tokens of an answer at most.
-        temperature: 0 always takes the likeliest token; higher is more varied.
-        top_k: Draw among the likeliest K tokens only.
-        top_p: Draw among the likeliest tokens of this total probability only.
-        min_p: Draw among tokens of at least this share of the likeliest's probability only.
-        repetition_penalty: Above 1, tokens that are there already become less likely.
-        stop: End an answer before any of these texts.
-        seed: The same seed and lines give the same answers.
+        drawing: How new tokens are chosen, and what ends a text.
         prefill_chunk: Read the conversation so many tokens at a time, to bound memory.
         best: Take the checkpoint of the lowest validation loss instead of the newest.
     """
@@ -147,15 +143,10 @@ def chat(
                 chat_prompt(tokenizer, messages) or document_start(tokenizer),
                 tokenizer,
                 max_new_tokens=tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                stop_tokens=_stop_tokens(opened.tokenizer),
-                stop_strings=stop,
-                seed=seed + turn,
+                stop_tokens=_stop_tokens(tokenizer),
+                stop_strings=drawing.stop,
                 prefill_chunk=prefill_chunk,
+                **replace(drawing, seed=drawing.seed + turn).options(),
             )
             messages.append({"role": "assistant", "content": _write(pieces)})
         turn += 1
