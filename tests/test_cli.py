@@ -423,6 +423,7 @@ def test_plan_by_the_tpu_compiler(capsys):
     assert "does not fit on v5e:2x2" in line
     assert "--model.remat" in line
     assert "not one like v5e:2x2" in refused(capsys, "plan", "doge-20m", "--topology", "v99:2x2")
+    assert "not one like v5e:2x2" in refused(capsys, "plan", "doge-20m", "--topology=v99:2x2")
 
 
 def test_a_topology_needs_a_name(capsys):

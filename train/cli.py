@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import os
@@ -174,19 +175,18 @@ def _initialize_distributed() -> None:
 
 
 def _plan(args: Sequence[str]) -> int:
-    args, topology = list(args), None
-    if "--topology" in args:
-        at = args.index("--topology")
-        if at + 1 == len(args):
-            raise ConfigError("--topology needs a name, such as v5e:2x2")
-        topology = args[at + 1]
-        del args[at : at + 2]
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--topology")
+    try:
+        known, args = own.parse_known_args(args)
+    except argparse.ArgumentError:
+        raise ConfigError("--topology needs a name, such as v5e:2x2") from None
     config = _preset_config("plan", PLAN_HELP, args)
     if config is None:
         return 0
     from train.plan import describe, plan_memory
 
-    print(describe(config, plan_memory(config, topology)))
+    print(describe(config, plan_memory(config, known.topology)))
     return 0
 
 
