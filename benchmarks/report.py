@@ -170,8 +170,7 @@ def generation(name: str, content: dict[str, Any], figures: Path) -> str:
         cache = f"{row['cache_bytes'] / 2**20:,.2f}" if row["cache_bytes"] else ""
         lines.append(f"| {row['attention']} | {row['what']} | {row['length']:,} | {shown} | {cache} |")
     shape = "{layers} layers of {hidden_size}, window {window}, batch {batch}, {dtype}".format(**content["options"])
-    note = f" {content['note']}" if content.get("note") else ""
-    parts = [f"{shape}, on {content['device']}.{note}\n", "\n".join(lines), ""]
+    parts = [f"{shape}, on {content['device']}.{_note(content)}\n", "\n".join(lines), ""]
     profiled = {f"{row['attention']}, {row['length']:,}": row for row in content["rows"] if row.get("breakdown")}
     if profiled:
         said = (
@@ -190,8 +189,7 @@ def train_step(name: str, content: dict[str, Any], figures: Path) -> str:
         lines.append(
             f"| {row['preset']} | {row['attention']} | {row['sequences']} × {row['length']:,} | {shown} | {mfu} |"
         )
-    note = f" {content['note']}" if content.get("note") else ""
-    parts = [f"On {content['device']}.{note}\n", "\n".join(lines), ""]
+    parts = [f"On {content['device']}.{_note(content)}\n", "\n".join(lines), ""]
     profiled = {
         f"{row['preset']}, {row['attention']}, {row['sequences']} × {row['length']:,}": row
         for row in content["rows"]
@@ -243,8 +241,7 @@ def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
         f"medians of {options['repeats']}, and the range of a ratio over all pairs of repeats. MiB: temporary memory. "
         f"A matrix product of 8,192³ reaches {content['matrix_product_flops'] / 1e12:.0f} TFLOP/s in the same run."
     )
-    if content.get("note"):
-        said += f" {content['note']}"
+    said += _note(content)
     return f"{said}\n\n" + "\n".join(lines) + f"\n\n{_picture(name, 'Time of attention against length')}"
 
 
@@ -268,6 +265,11 @@ def steps_of_decoding(name: str, content: dict[str, Any], figures: Path) -> str:
 
 def _header(names: list[str]) -> list[str]:
     return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+
+
+def _note(content: Mapping[str, Any]) -> str:
+    """What a record says of itself, to follow a sentence."""
+    return f" {content['note']}" if content.get("note") else ""
 
 
 def _milliseconds(row: Mapping[str, Any] | None) -> str:

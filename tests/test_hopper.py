@@ -104,7 +104,6 @@ def test_longer_rows_are_not_counted():
 
 def test_gates_that_an_order_of_32_bits_would_tie_are_left_to_the_portable_choice():
     bounds = jnp.zeros((1, 4), jnp.int32), jnp.full((1, 4), 4, jnp.int32)
-    gate = jax.ShapeDtypeStruct((1, 1, 4), jnp.float32)
     for dtype, taken in ((jnp.float32, True), (jnp.bfloat16, True), (jnp.float64, False)):
         with jax.enable_x64(True):
             gate = jnp.asarray([[[1 + 1e-12, 1, 0, 0]]], dtype)

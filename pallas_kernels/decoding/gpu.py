@@ -57,6 +57,7 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
     factor = scale * LOG2E
     dtype = slots.keys.dtype
     grouped = jnp.pad(query.reshape(batch, kv_heads, group, dim), ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
+    gate = gate.astype(slots.gate.dtype)
     rank = order_of(gate)
     # One window for all heads is a number of the program.
     limits = [] if len(set(windows)) == 1 else [jnp.asarray(windows, jnp.int32)]
@@ -206,7 +207,6 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
     # XLA takes slices (of a model's cache, say), and the places where results go in turn, into one fusion with the
     # kernel; inside of it nothing knows that the kernel changes an operand in place, and it would read keys that nobody
     # has written. Behind these barriers none of its arrays is a slice.
-    gate = gate.astype(slots.gate.dtype)
     operands = (grouped, key.astype(dtype), value.astype(dtype), gate, rank, position, *limits)
     operands, slots = jax.lax.optimization_barrier((operands, slots))
     keys, values = jax.new_ref(slots.keys), jax.new_ref(slots.values)

@@ -66,7 +66,7 @@ def expiry_by_counting(
         def orders_at(places):
             return jnp.take_along_axis(padded, places, axis=1, mode="promise_in_bounds")
 
-        return _bounded(_first_full(own, order, start, window, order_at, orders_at, blocks), own, order, end)
+        return bounded(_first_full(own, order, start, window, order_at, orders_at, blocks), own, order, end)
 
     def kernel(gate, start, end, *limits):
         tiles, size = -(-length // WARPGROUP), min(READ, -(-length // CHUNK) * CHUNK)
@@ -94,7 +94,7 @@ def expiry_by_counting(
             full = _first_full(
                 own, order, begin, window, lambda place: orders[place], lambda places: read(orders, places), blocks
             )
-            target[pl.ds((row * tiles + tile) * WARPGROUP, WARPGROUP)] = _bounded(full, own, order, until)
+            target[pl.ds((row * tiles + tile) * WARPGROUP, WARPGROUP)] = bounded(full, own, order, until)
 
         whole = jax.ShapeDtypeStruct((rows * tiles * WARPGROUP,), jnp.int32)
         buffers = [plgpu.SMEM((pieces * size,), jnp.int32)]
@@ -160,6 +160,9 @@ def _first_full(
     return jnp.where(full < blocks, position, blocks * BLOCK)
 
 
-def _bounded(full, own, order, end):
-    """Not past the document's end, and not before the key itself; at once for a key that no query may see."""
-    return jnp.where(order == NOTHING, own, jnp.maximum(jnp.minimum(full, end), own))
+def bounded(
+    leaves: Int32[Array, "*n"], own: Int32[Array, "*#n"], order: Int32[Array, "*n"], end: Int32[Array, "*#n"]
+) -> Int32[Array, "*n"]:
+    """The expiry of keys that leave a window there: not past their document's end, and not before themselves; at once
+    where no query may see them."""
+    return jnp.where(order == NOTHING, own, jnp.maximum(jnp.minimum(leaves, end), own))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import BlockSizes, Intervals
-from pallas_kernels.gpu.counting import MOST_KEYS, expiry_by_counting
+from pallas_kernels.gpu.counting import MOST_KEYS, bounded, expiry_by_counting
 from pallas_kernels.gpu.gathers import Stage, gathered, staged
 from pallas_kernels.gpu.lists import epoch_lists
 from pallas_kernels.gpu.ranked import List, Ranked, merged
@@ -76,7 +76,7 @@ def select(
         array.reshape(batch, heads, padded)[..., front : front + length] for array in (leaves - front, order)
     )
     # Who has no order has no place either: its gate is −inf. (The gate itself would be read across, heads innermost.)
-    expiry = jnp.where(own_order == NOTHING, position, jnp.maximum(jnp.minimum(expiry, end[:, None]), position))
+    expiry = bounded(expiry, position, own_order, end[:, None])
     lists = None
     if listed:
         lists = epoch_lists(tree, order, prefixes, expiry, length=length, queries=queries, front=front, blocks=blocks)
