@@ -27,7 +27,6 @@ from benchmarks.device_clock import measure
 from benchmarks.gates import MADE_UP, make_gates
 from dmattn_jax import dynamic_mask_attention, explain, select_keys
 from dmattn_jax.attention import choose_intervals
-from dmattn_jax.documents import document_bounds
 from dmattn_jax.oracle import attention_oracle
 from pallas_kernels import IMPLEMENTATIONS, Implementation, Intervals
 from train.flops import visible_pairs
@@ -222,11 +221,10 @@ def in_a_row(function: Callable[..., Any], copies: int) -> Callable[..., list[An
 
 def prepare(implementation: Implementation, window: int, head_dim: int, gate: jax.Array) -> Intervals:
     """Lifetimes and lists as attention makes them, without the attention."""
-    batch, length, kv_heads = gate.shape
-    windows, documents = (window,) * kv_heads, document_bounds(None, batch, length)
+    _, length, kv_heads = gate.shape
     ranked = jnp.moveaxis(gate, 2, 1)
     blocks = implementation.block_sizes(length, length, window, head_dim, jnp.bfloat16)
-    return choose_intervals(ranked, windows, documents, length, implementation, blocks)
+    return choose_intervals(ranked, (window,) * kv_heads, None, length, implementation, blocks)
 
 
 def main(options: Options) -> None:

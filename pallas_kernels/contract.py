@@ -166,20 +166,29 @@ class Select(Protocol):
     are above it by (gate, position).
 
     gate: −inf at padding and wherever a key is never visible; NaN ranks above +inf, −0 ties with 0. start, end: the
-    bounds of each position's document. Queries are the last of the positions. `lists` where they are shorter than the
-    row of keys, which is where max(windows) + blocks.epoch < S. None for shapes that it does not take.
+    bounds of each position's document; None where a row is one document. Queries are the last of the positions. `lists`
+    where they are shorter than the row of keys, which is where max(windows) + blocks.epoch < S. None for shapes that it
+    does not take.
     """
 
     def __call__(
         self,
         gate: Float[Array, "B K S"],
         windows: tuple[int, ...],
-        start: Int32[Array, "B S"],
-        end: Int32[Array, "B S"],
+        start: Int32[Array, "B S"] | None,
+        end: Int32[Array, "B S"] | None,
         *,
         queries: int,
         blocks: BlockSizes,
     ) -> Intervals | None: ...
+
+
+def document_ends(
+    start: Int32[Array, "B S"] | None, end: Int32[Array, "B S"] | None, batch: int, length: int
+) -> tuple[Int32[Array, "B S"], Int32[Array, "B S"]]:
+    """Bounds as `Select` takes them, for all positions."""
+    whole = jnp.zeros((batch, length), jnp.int32)
+    return (whole if start is None else start), (whole + length if end is None else end)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def both_ways(windows, queries, epoch):
         choice = choose_keys(gate, windows, documents, causal=True)
         want = lay_out(choice, queries=queries, window=max(windows), blocks=blocks_of(epoch))
         gate = jnp.where(documents.token[:, None], gate, -jnp.inf)
-        bounds = (documents.start, documents.end)
+        bounds = (None, None) if ids is None else (documents.start, documents.end)
         return want, MOSAIC_GPU.select(gate, windows, *bounds, queries=queries, blocks=blocks_of(epoch))
 
     return run
@@ -77,8 +77,7 @@ def test_selection_is_the_portable_one(monkeypatch, length, windows, queries, ep
                 special = rng.choice([np.inf, -np.inf, np.nan, 0.0, -0.0, 3e38], values.shape)
                 values = np.where(rng.random(values.shape) < 0.3, special, values).astype(np.float32)
             ids = make_segments(segments, rng, BATCH, length)
-            ids = np.ones((BATCH, length), np.int32) if ids is None else ids
-            want, got = run(jnp.asarray(np.moveaxis(values, 2, 1)), jnp.asarray(ids))
+            want, got = run(jnp.asarray(np.moveaxis(values, 2, 1)), ids)
             assert jax.tree.structure(want) == jax.tree.structure(got)
             for name, left, right in zip(
                 ("start", "end", "index", "next_slot", "entry_slot"),
@@ -260,24 +259,31 @@ def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length,
             shape = (BATCH, heads, rows.epochs, -1, block_k, 1)
             start, end = (np.asarray(rows.meta[:, :, n]).reshape(shape) for n in (1, 2))
             position = np.arange(rows.epoch_size)
-            sees = (start <= position) & (position < end)
-            tiles, whole_runs = sees.shape[3], 0
+            sees, alive = (start <= position) & (position < end), position < end
+            tiles, whole_runs, all_begun = sees.shape[3], 0, 0
             for b, k, tile in np.ndindex(BATCH, heads, -(-queries // BLOCK_Q)):
                 own_epoch, first = divmod(tile * BLOCK_Q, rows.epoch_size)
-                own = sees[b, k, own_epoch, ..., first : first + BLOCK_Q]
-                whole, carried, skipped, count = runs[b, k, :, tile].tolist()
+                mine = slice(first, first + BLOCK_Q)
+                own = sees[b, k, own_epoch, ..., mine]
+                whole, begun, carried, skipped, count = runs[b, k, :, tile].tolist()
                 visits = [n if n < carried else n + skipped for n in range(count)]
                 assert set(np.flatnonzero(own.any((-1, -2)))) <= set(visits)
                 assert own[visits[:whole]].all()
+                # Who has not ended by a query of these is seen by it.
+                assert whole <= begun <= count
+                np.testing.assert_array_equal(own[visits[:begun]], alive[b, k, own_epoch, visits[:begun]][..., mine])
+                all_begun += begun
                 whole_runs += whole
-            assert whole_runs > 0 or segments != "none"
-            by_tile = sees.reshape(*sees.shape[:5], -1, block_q)
+            assert (whole_runs > 0 and all_begun > whole_runs) or segments != "none"
+            by_tile, alive_by_tile = (each.reshape(*each.shape[:5], -1, block_q) for each in (sees, alive))
             meets, wholly = by_tile.any((-1, -3)), by_tile.all((-1, -3))
             for at in np.ndindex(*meets.shape[:4]):
                 first, lead, whole, count = walks[at[0], at[1], :, at[2] * tiles + at[3]].tolist()
                 assert set(np.flatnonzero(meets[at])) <= set(range(first, first + count))
                 assert wholly[at][first + lead : first + lead + whole].all()
-                assert whole == 0 or lead + whole <= count
+                assert 0 <= lead <= lead + whole <= count
+                later = slice(first + lead, first + count)
+                np.testing.assert_array_equal(by_tile[at][:, later], alive_by_tile[at][:, later])
 
 
 @pytest.mark.parametrize(("length", "queries"), [(677, 677), (677, 331), (256, 256), (129, 1)])

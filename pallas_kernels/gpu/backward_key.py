@@ -9,6 +9,7 @@ How the two consumers share a tile is in `key_consumers`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.device import multiprocessors
-from pallas_kernels.gpu.key_consumers import Program, Steps, Streams, consume_halves, consume_products
+from pallas_kernels.gpu.key_consumers import Part, Program, Steps, Streams, consume_halves, consume_products
 from pallas_kernels.gpu.pipeline import produce
 from pallas_kernels.gpu.scratch import HALF_TILE, SINGLE_TILE, PassSizes, Scratch, warp_specialized
 from pallas_kernels.gpu.tiles import Rows
@@ -118,16 +119,20 @@ def key_gradients(
         thread = lax.axis_index("thread")
         epoch_first = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.epoch_size
         first_tile, lead, whole, count = (walks_ref[item, kv_head, n, tile] for n in range(4))
-        whole_steps, steps = group * whole, group * count
+        # First the query tiles that see the keys whole, of all heads, last those that have queries before the keys.
+        walk, steps = [], jnp.int32(0)
+        for tiles_before, tiles in ((lead, whole), (lead + whole, count - lead - whole), (0, lead)):
 
-        def place(number):
-            """(head of the part, query tile of the epoch) of a step: tiles seen whole by all heads first."""
-            early = number < whole_steps
-            index = jnp.where(early, number, number - whole_steps)
-            each = jnp.maximum(jnp.where(early, whole, count - whole), 1)
-            within = lax.rem(index, each)
-            within = within + jnp.where(early, lead, jnp.where(within < lead, 0, whole))
-            return lax.div(index, each), first_tile + within
+            def place(number, tiles_before=tiles_before, tiles=tiles, begin=steps):
+                """(head of the part, query tile of the epoch) of a step."""
+                index = number - begin
+                return lax.div(index, tiles), first_tile + tiles_before + lax.rem(index, tiles)
+
+            steps += group * tiles
+            walk.append((steps, place))
+
+        def first_query(place, number):
+            return place(number)[1] * block_q
 
         def target(at, columns):
             array, first = divmod(columns.start, width)
@@ -147,7 +152,7 @@ def key_gradients(
             passage=out_smem,
             bias=bias_smem,
             streams=Streams(q_smem, do_smem, stats_smem, q_full, do_full, stats_full, q_free, do_free, stats_free),
-            steps=Steps(whole_steps, steps, lambda number: place(number)[1] * block_q),
+            steps=Steps(*(Part(end, partial(first_query, place)) for end, place in walk)),
         )
 
         # Of lists, tiles that nobody sees hold no keys, and nobody reads their gradients.
@@ -161,17 +166,21 @@ def key_gradients(
         def _produce():
             plgpu.set_max_registers(24, action="decrease")
 
-            def copies(number):
-                member, query_tile = place(number)
-                head = line * group + member
-                at = pl.ds(epoch_first + query_tile * block_q, block_q)
-                return (
-                    (q_ref.at[item, at, head], q_smem, q_full, q_free),
-                    (stats_ref.at[item, head, :, at], stats_smem, stats_full, stats_free),
-                    (do_ref.at[item, at, head], do_smem, do_full, do_free),
-                )
+            first = 0
+            for end, place in walk:
 
-            produce(0, steps, copies)
+                def copies(number, place=place):
+                    member, query_tile = place(number)
+                    head = line * group + member
+                    at = pl.ds(epoch_first + query_tile * block_q, block_q)
+                    return (
+                        (q_ref.at[item, at, head], q_smem, q_full, q_free),
+                        (stats_ref.at[item, head, :, at], stats_smem, stats_full, stats_free),
+                        (do_ref.at[item, at, head], do_smem, do_full, do_free),
+                    )
+
+                produce(first, end, copies)
+                first = end
 
     bias_gradient, *gradients = warp_specialized(
         "attention_key_gradients",

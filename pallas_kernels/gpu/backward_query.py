@@ -74,7 +74,7 @@ def query_gradient(
     dout: Float[Array, "B T H D"],
     stats: Float[Array, "B H 3 T"],
     rows: Rows,
-    runs: Int32[Array, "B K 4 tiles"],
+    runs: Int32[Array, "B K 5 tiles"],
     *,
     scale: float,
     sizes: QueryGradientSizes,
@@ -100,7 +100,7 @@ def query_gradient(
         thread = lax.axis_index("thread")
         kv_head = lax.div(head, jnp.int32(group))
         base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
-        whole, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(4))
+        whole, begun, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(5))
 
         @pl.when(thread < 2)
         def _consume():
@@ -128,7 +128,7 @@ def query_gradient(
                 """
                 return ref.at[thread + lax.shift_right_logical(number, 30) if dim > 128 else thread]
 
-            def step(number, dquery, masked):
+            def step(number, dquery, all_begun, none_ended):
                 slot, value_slot = (lax.rem(number, jnp.int32(n)) for n in (sizes.stages, sizes.value_stages))
                 plgpu.barrier_wait(k_full.at[slot])
 
@@ -142,16 +142,18 @@ def query_gradient(
                 scores = multiply(own_half(q_smem, number), k_smem.at[slot])
                 shape = scores.shape
                 plgpu.barrier_wait(meta_full.at[value_slot])
-                bias = load_vector(meta_smem.at[value_slot, 0], by_column)
-                scores = scores * factor + lax.broadcast_in_dim(bias, shape, [1])
+
+                def of_keys(row):
+                    return lax.broadcast_in_dim(load_vector(meta_smem.at[value_slot, row], by_column), shape, [1])
+
+                scores = scores * factor + of_keys(0)
                 scores = scores - lax.broadcast_in_dim(shift, shape, [0])
-                if masked:
-                    start, end = (load_vector(meta_smem.at[value_slot, n], by_column) for n in (1, 2))
+                if not (all_begun and none_ended):
                     position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
                     position = (position + within).astype(jnp.float32)
-                    sees = (lax.broadcast_in_dim(start, shape, [1]) <= position) & (
-                        position < lax.broadcast_in_dim(end, shape, [1])
-                    )
+                    sees = position < of_keys(2)
+                    if not all_begun:
+                        sees &= of_keys(1) <= position
                     scores = jnp.where(sees, scores, -jnp.inf)
                 plgpu.barrier_arrive(meta_free.at[value_slot])
                 weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [0])
@@ -174,8 +176,10 @@ def query_gradient(
             lack = [each.at[thread] for each in lack_smem]
             for each in lack:
                 each[...] = plgpu.layout_cast(jnp.full((HALF,), 0, jnp.float32), by_row)
-            dquery = lax.fori_loop(0, whole, lambda n, c: step(n, c, False), dquery)
-            dquery = lax.fori_loop(whole, count, lambda n, c: step(n, c, True), dquery)
+            first_tile = 0
+            for end, *known in ((whole, True, True), (begun, True, False), (count, False, False)):
+                dquery = lax.fori_loop(first_tile, end, lambda n, c, known=known: step(n, c, *known), dquery)
+                first_tile = end
             q_tile[...] = (dquery * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[item, at, head])

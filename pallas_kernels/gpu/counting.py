@@ -39,8 +39,8 @@ READ = 4 * CHUNK
 def expiry_by_counting(
     gate: Float[Array, "B K S"],
     windows: tuple[int, ...],
-    start: Int32[Array, "B S"],
-    end: Int32[Array, "B S"],
+    start: Int32[Array, "B S"] | None,
+    end: Int32[Array, "B S"] | None,
 ) -> Int32[Array, "B K S"]:
     """Where each key leaves the window, at most at the end of its document; a key that is never seen leaves where it
     stands. Arguments as of `contract.Select`. One kernel on a CUDA GPU; the same by XLA elsewhere.
@@ -51,13 +51,16 @@ def expiry_by_counting(
     if length > MOST_KEYS:
         raise ValueError(f"a row must have at most {MOST_KEYS:,} keys to be counted, got {length:,}")
     rows, blocks = batch * heads, -(-length // BLOCK)
+    # What a kernel would read beside the gates, where it is not one number.
+    documents = () if start is None or end is None else (start, end)
     limits = () if len(set(windows)) == 1 else (jnp.tile(jnp.asarray(windows, jnp.int32), batch),)
+    known = len(documents)
 
-    def portable(gate, start, end, *limits):
+    def portable(gate, *more):
         order = order_of(jnp.moveaxis(gate, 1, 2).reshape(rows, length))
         padded = jnp.pad(order, ((0, 0), (0, blocks * BLOCK - length)), constant_values=NOTHING)
-        start, end = (jnp.repeat(array, heads, axis=0) for array in (start, end))
-        window = limits[0][:, None] if limits else windows[0]
+        start, end = (jnp.repeat(array, heads, axis=0) for array in more[:known]) if known else (None, length)
+        window = more[known][:, None] if limits else windows[0]
         own = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), order.shape)
 
         def order_at(place):
@@ -68,13 +71,13 @@ def expiry_by_counting(
 
         return bounded(_first_full(own, order, start, window, order_at, orders_at, blocks), own, order, end)
 
-    def kernel(gate, start, end, *limits):
+    def kernel(*operands):
         tiles, size = -(-length // WARPGROUP), min(READ, -(-length // CHUNK) * CHUNK)
         pieces = -(-length // size)
 
         def program(*refs):
-            gate, start, end, *limit = refs[: 3 + len(limits)]
-            target, orders = refs[3 + len(limits) :]
+            gate, *more = refs[: len(operands)]
+            target, orders = refs[len(operands) :]
             row, tile = split(lax.axis_index("program"), tiles)
             item, head = split(row, heads)
 
@@ -85,8 +88,8 @@ def expiry_by_counting(
 
             own = iota((WARPGROUP,), 0) + tile * WARPGROUP
             at = jnp.minimum(own, length - 1) + item * length
-            begin, until = read(start, at), read(end, at)
-            window = limit[0][row] if limit else windows[0]
+            begin, until = (read(bound, at) for bound in more[:known]) if known else (None, length)
+            window = more[known][row] if limits else windows[0]
             lax.fori_loop(0, pieces, rank, None)
             # All four warps have written before any of them reads.
             plgpu.commit_smem()
@@ -98,19 +101,19 @@ def expiry_by_counting(
 
         whole = jax.ShapeDtypeStruct((rows * tiles * WARPGROUP,), jnp.int32)
         buffers = [plgpu.SMEM((pieces * size,), jnp.int32)]
-        flat = [array.reshape(-1) for array in (gate, start, end, *limits)]
+        flat = [array.reshape(-1) for array in operands]
         out = launch("counting", program, flat, rows * tiles, whole, buffers)
         return out.reshape(rows, tiles * WARPGROUP)[:, :length]
 
     # Read in the order in which layers make gates, heads innermost.
-    operands = (jnp.moveaxis(gate, 1, 2), start, end, *limits)
+    operands = (jnp.moveaxis(gate, 1, 2), *documents, *limits)
     return lax.platform_dependent(*operands, cuda=kernel, default=portable).reshape(gate.shape)
 
 
 def _first_full(
     own: Int32[Array, "*n"],
     order: Int32[Array, "*n"],
-    begin: Int32[Array, "*n"],
+    begin: Int32[Array, "*n"] | None,
     window: int | Int32[Array, "..."],  # noqa: UP037
     order_at: Callable[[Any], Any],
     orders_at: Callable[[Int32[Array, "*n"]], Int32[Array, "*n"]],
@@ -118,19 +121,22 @@ def _first_full(
 ) -> Int32[Array, "*n"]:
     """The first position up to which `window` keys outrank each key; that behind the last block if there is none.
 
-    own, order, begin: each key's position, its order, and where its document begins. order_at: the order of the key at
-    one place; orders_at: of the keys at a place for each key.
+    own, order, begin: each key's position, its order, and where its document begins (None: with the row). order_at: the
+    order of the key at one place; orders_at: of the keys at a place for each key.
     """
     nothing = own - own
-    own_block, first_block = (split(place, BLOCK)[0] for place in (own, begin))
+    own_block, _ = split(own, BLOCK)
+    first_block = None if begin is None else split(begin, BLOCK)[0]
 
     def above(place):
         found = orders_at(place)
-        return (place >= begin) & ((found > order) | ((found == order) & (place > own)))
+        outranks = (found > order) | ((found == order) & (place > own))
+        return outranks if begin is None else (place >= begin) & outranks
 
     def threshold(block):
+        bound = jnp.where(block > own_block, order - 1, order)
         # Not with TAKEN first: that would be unsigned (see `ranked`).
-        return jnp.where(block >= first_block, jnp.where(block > own_block, order - 1, order), TAKEN)
+        return bound if first_block is None else jnp.where(block >= first_block, bound, TAKEN)
 
     def error(block):
         """By how much the threshold miscounts a block, one for each key."""
@@ -140,12 +146,16 @@ def _first_full(
             missing += jnp.where(above(place), 1, 0) - jnp.where(orders_at(place) > bound, 1, 0)
         return missing
 
-    of_own, of_first = error(own_block), error(first_block)
+    of_own, of_first = error(own_block), None if first_block is None else error(first_block)
+
+    def error_of(block):
+        before = 0 if of_first is None else jnp.where(block == first_block, of_first, 0)
+        return jnp.where(block == own_block, of_own, before)
 
     def count(block, carry):
         (first, *sums), before, full = carry
         bound = threshold(block)
-        sums = [first + jnp.where(block == own_block, of_own, jnp.where(block == first_block, of_first, 0)), *sums]
+        sums = [first + error_of(block), *sums]
         for n in range(BLOCK):
             sums[n % SUMS] += jnp.where(bound < order_at(block * BLOCK + n), 1, 0)
         found = sum(sums[1:], sums[0])
@@ -161,7 +171,7 @@ def _first_full(
 
 
 def bounded(
-    leaves: Int32[Array, "*n"], own: Int32[Array, "*#n"], order: Int32[Array, "*n"], end: Int32[Array, "*#n"]
+    leaves: Int32[Array, "*n"], own: Int32[Array, "*#n"], order: Int32[Array, "*n"], end: Int32[Array, "*#n"] | int
 ) -> Int32[Array, "*n"]:
     """The expiry of keys that leave a window there: not past their document's end, and not before themselves; at once
     where no query may see them."""

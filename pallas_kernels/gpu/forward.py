@@ -1,8 +1,8 @@
 """Forward pass on Hopper: a producer warpgroup streams key tiles by TMA, two consumer warpgroups attend.
 
 A piece of work is one query head and 128 queries. What it visits are runs of key tiles (`tiles.query_runs`):
-those that every one of its queries sees whole, then those that need the interval compare; the consumers' part is in
-`softmax`.
+those that every one of its queries sees whole, then those whose keys may have ended, then those whose keys may begin
+later; the consumers' part is in `softmax`.
 
 With a window a piece is only some ten key tiles long, so there is one program a multiprocessor, which takes pieces in
 turn: the producer loads the next one's queries and keys while the last one's outputs are still being written. Where
@@ -12,6 +12,7 @@ shared memory holds the queries of one piece only (head size 256), the next one'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ class ForwardSizes(PassSizes):
 def attend(
     query: Float[Array, "B T H D"],
     rows: Rows,
-    runs: Int32[Array, "B K 4 tiles"],
+    runs: Int32[Array, "B K 5 tiles"],
     *,
     scale: float,
     sizes: ForwardSizes,
@@ -87,10 +88,10 @@ def attend(
 
         def runs_of(item, head, tile):
             kv_head = lax.div(head, jnp.int32(group))
-            return [kv_head, *(runs_ref[item, kv_head, n, tile] for n in range(4))]
+            return [kv_head, *(runs_ref[item, kv_head, n, tile] for n in range(5))]
 
         def consume(piece, done, item, head, tile):
-            _, whole, _, _, count = runs_of(item, head, tile)
+            _, whole, begun, _, _, count = runs_of(item, head, tile)
             buffer = 2 * lax.rem(piece, jnp.int32(buffers)) + thread
             q_tile = q_smem.at[buffer]
             first = tile * BLOCK_Q + thread * HALF
@@ -101,22 +102,23 @@ def attend(
             def slot_of(number):
                 return lax.rem(done + number, jnp.int32(stages))
 
-            def biased(scores, slot):
-                bias = load_vector(meta_smem.at[slot, 0], by_column)
-                return scores * factor + lax.broadcast_in_dim(bias, scores.shape, [1])
+            def of_keys(slot, row, shape):
+                return lax.broadcast_in_dim(load_vector(meta_smem.at[slot, row], by_column), shape, [1])
 
-            def masked(scores, slot):
+            def biased(scores, slot):
+                return scores * factor + of_keys(slot, 0, scores.shape)
+
+            def not_ended(scores, slot, begun=True):
+                shape = scores.shape
                 scores = biased(scores, slot)
-                start = load_vector(meta_smem.at[slot, 1], by_column)
-                end = load_vector(meta_smem.at[slot, 2], by_column)
-                position = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+                position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
                 position = (position + within).astype(jnp.float32)
-                sees = (lax.broadcast_in_dim(start, scores.shape, [1]) <= position) & (
-                    position < lax.broadcast_in_dim(end, scores.shape, [1])
-                )
+                sees = position < of_keys(slot, 2, shape)
+                if not begun:
+                    sees &= of_keys(slot, 1, shape) <= position
                 return jnp.where(sees, scores, -jnp.inf)
 
-            runs = ((whole, biased), (count, masked))
+            runs = ((whole, biased), (begun, not_ended), (count, partial(not_ended, begun=False)))
             weighted, shift, total = attend_tiles(q_tile, slots, slot_of, runs, thread)
             weighted = normalised(weighted, total)
             q_tile[...] = weighted.astype(dtype)
@@ -132,7 +134,7 @@ def attend(
             return count
 
         def load(piece, done, item, head, tile):
-            kv_head, _, carried, skipped, count = runs_of(item, head, tile)
+            kv_head, _, _, carried, skipped, count = runs_of(item, head, tile)
             base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
 
             def copies(step):

@@ -22,6 +22,9 @@ from pallas_kernels.gpu.tiles import LOG2E
 KEYS = 64
 """Keys of one warpgroup's products."""
 
+Look = Callable[[Any, tuple[int, ...]], Any]
+"""(meta of the keys, shape [keys, queries]) -> which queries see which keys, or None where all do."""
+
 
 class Streams(NamedTuple):
     """Query tiles in flight [stages, block_q, D], their statistics, and the barriers of arrival and release."""
@@ -37,12 +40,20 @@ class Streams(NamedTuple):
     stats_free: Any
 
 
-class Steps(NamedTuple):
-    """Steps below `whole` need no mask. first_query(step) -> its first query, relative to the epoch."""
+class Part(NamedTuple):
+    """Steps below `end`. first_query(step) -> its first query, relative to the epoch."""
 
-    whole: Any
-    count: Any
+    end: Any
     first_query: Callable[[Any], Any]
+
+
+class Steps(NamedTuple):
+    """The parts of a walk: steps that need no mask, those whose queries all come after the keys' first positions, and
+    the rest."""
+
+    whole: Part
+    begun: Part
+    rest: Part
 
 
 class Program(NamedTuple):
@@ -80,7 +91,7 @@ def consume_halves(program: Program, thread: Any, scale: float) -> None:
     by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     bias = load_vector(meta_tile.at[0], by_row)
 
-    def step(number, carry, masked):
+    def step(number, carry, look):
         dkey, dvalue, dbias = carry
         slot = lax.rem(number, jnp.int32(stages))
         plgpu.barrier_wait(streams.q_full.at[slot])
@@ -90,12 +101,10 @@ def consume_halves(program: Program, thread: Any, scale: float) -> None:
         shift, inverse, delta = (load_vector(streams.stats.at[slot, n], by_column) for n in range(3))
         scores = scores * (scale * LOG2E) + lax.broadcast_in_dim(bias, shape, [0])
         scores = scores - lax.broadcast_in_dim(shift, shape, [1])
-        if masked:
-            sees = _sees(meta_tile, shape, steps.first_query(number))
+        sees = look(meta_tile, shape)
         weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [1])
-        if masked:
-            # Last of all, so that a query whose normalizer is NaN reaches only the keys it sees.
-            weights = jnp.where(sees, weights, 0.0)
+        # Last of all, so that a query whose normalizer is NaN reaches only the keys it sees.
+        weights = _masked(weights, sees)
         plgpu.barrier_wait(streams.do_full.at[slot])
         low = weights.astype(dtype)
 
@@ -107,8 +116,7 @@ def consume_halves(program: Program, thread: Any, scale: float) -> None:
         dvalue, dweights = pl.run_state(both)((plgpu.ACC.init(dvalue), plgpu.ACC.init(_zeros(*shape))))
         plgpu.barrier_arrive(streams.do_free.at[slot])
         dscores = weights * (dweights - lax.broadcast_in_dim(delta, shape, [1]))
-        if masked:
-            dscores = jnp.where(sees, dscores, 0.0)
+        dscores = _masked(dscores, sees)
         plgpu.barrier_arrive(streams.stats_free.at[slot])
         dbias = dbias + dscores.sum(axis=1)
         dkey = _add_product(dkey, dscores.astype(dtype), streams.query.at[slot])
@@ -151,7 +159,7 @@ def _weights_and_dvalue(program: Program, scale: float) -> None:
     by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     bias = load_vector(meta_tile.at[0], by_row)
 
-    def step(number, dvalue, masked):
+    def step(number, dvalue, look):
         slot = lax.rem(number, jnp.int32(stages))
         plgpu.barrier_wait(streams.q_full.at[slot])
         scores = _product(k_tile, streams.query.at[slot])
@@ -163,9 +171,8 @@ def _weights_and_dvalue(program: Program, scale: float) -> None:
         scores = scores * (scale * LOG2E) + lax.broadcast_in_dim(bias, shape, [0])
         scores = scores - lax.broadcast_in_dim(shift, shape, [1])
         weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [1])
-        if masked:
-            # Last of all, so that a query whose normalizer is NaN reaches only the keys it sees.
-            weights = jnp.where(_sees(meta_tile, shape, steps.first_query(number)), weights, 0.0)
+        # Last of all, so that a query whose normalizer is NaN reaches only the keys it sees.
+        weights = _masked(weights, look(meta_tile, shape))
 
         @pl.when(number > 0)
         def _until_taken():
@@ -180,7 +187,7 @@ def _weights_and_dvalue(program: Program, scale: float) -> None:
 
     dvalue = _for_each_step(steps, step, _zeros(KEYS, dim))
 
-    @pl.when(steps.count > 0)
+    @pl.when(steps.rest.end > 0)
     def _until_last_is_taken():
         plgpu.barrier_wait(loaded.at[_TAKEN])
 
@@ -201,7 +208,7 @@ def _dkey_and_dbias(program: Program, scale: float) -> None:
     plgpu.barrier_wait(loaded.at[_META])
     by_column = plgpu.Layout.WGMMA.reduce(0)
 
-    def step(number, carry, masked):
+    def step(number, carry, look):
         dkey, dbias = carry
         slot = lax.rem(number, jnp.int32(stages))
         plgpu.barrier_wait(streams.do_full.at[slot])
@@ -215,8 +222,7 @@ def _dkey_and_dbias(program: Program, scale: float) -> None:
         weights = load_as(passage, plgpu.Layout.WGMMA)
         plgpu.barrier_arrive(loaded.at[_TAKEN])
         dscores = weights * (dweights - lax.broadcast_in_dim(delta, shape, [1]))
-        if masked:
-            dscores = jnp.where(_sees(meta_tile, shape, steps.first_query(number)), dscores, 0.0)
+        dscores = _masked(dscores, look(meta_tile, shape))
         dbias = dbias + dscores.sum(axis=1)
         plgpu.barrier_wait(streams.q_full.at[slot])
         dkey = _add_product(dkey, dscores.astype(dtype), streams.query.at[slot])
@@ -247,17 +253,45 @@ def _write_columns(program: Program, at: Any, sums: Any, column: int) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _for_each_step(steps: Steps, step: Callable[[Any, Any, bool], Any], carry: Any) -> Any:
-    carry = lax.fori_loop(0, steps.whole, lambda n, c: step(n, c, False), carry)
-    return lax.fori_loop(steps.whole, steps.count, lambda n, c: step(n, c, True), carry)
+def _for_each_step(steps: Steps, step: Callable[[Any, Any, Look], Any], carry: Any) -> Any:
+    first = 0
+    for (end, first_query), look in zip(steps, (_all, _not_ended, _visible), strict=True):
+
+        def at(number, carry, first_query=first_query, look=look):
+            return step(number, carry, lambda meta_tile, shape: look(meta_tile, shape, first_query(number)))
+
+        carry = lax.fori_loop(first, end, at, carry)
+        first = end
+    return carry
 
 
-def _sees(meta_tile: Any, shape: tuple[int, ...], first_query: Any) -> Any:
+def _all(meta_tile: Any, shape: tuple[int, ...], first_query: Any) -> None:
+    """Every query sees every key."""
+
+
+def _not_ended(meta_tile: Any, shape: tuple[int, ...], first_query: Any) -> Any:
+    """Which queries come before the ends of which keys [keys, queries]."""
+    return _position(shape, first_query) < _of_keys(meta_tile, 2, shape)
+
+
+def _visible(meta_tile: Any, shape: tuple[int, ...], first_query: Any) -> Any:
     """Which queries see which keys [keys, queries]."""
-    start, end = (load_vector(meta_tile.at[n], plgpu.Layout.WGMMA.reduce(1)) for n in (1, 2))
+    position = _position(shape, first_query)
+    return (_of_keys(meta_tile, 1, shape) <= position) & (position < _of_keys(meta_tile, 2, shape))
+
+
+def _position(shape: tuple[int, ...], first_query: Any) -> Any:
     position = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    position = (position + first_query).astype(jnp.float32)
-    return (lax.broadcast_in_dim(start, shape, [0]) <= position) & (position < lax.broadcast_in_dim(end, shape, [0]))
+    return (position + first_query).astype(jnp.float32)
+
+
+def _of_keys(meta_tile: Any, row: int, shape: tuple[int, ...]) -> Any:
+    return lax.broadcast_in_dim(load_vector(meta_tile.at[row], plgpu.Layout.WGMMA.reduce(1)), shape, [0])
+
+
+def _masked(array: Any, sees: Any) -> Any:
+    """0 where a query does not see a key."""
+    return array if sees is None else jnp.where(sees, array, 0.0)
 
 
 def _product(left: Any, right: Any) -> Any:

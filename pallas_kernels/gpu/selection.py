@@ -21,7 +21,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.contract import BlockSizes, Intervals
+from pallas_kernels.contract import BlockSizes, Intervals, document_ends
 from pallas_kernels.gpu.counting import MOST_KEYS, bounded, expiry_by_counting
 from pallas_kernels.gpu.gathers import Stage, gathered, staged
 from pallas_kernels.gpu.lists import epoch_lists
@@ -33,8 +33,8 @@ from pallas_kernels.order import NOTHING, TAKEN, order_of
 def select(
     gate: Float[Array, "B K S"],
     windows: tuple[int, ...],
-    start: Int32[Array, "B S"],
-    end: Int32[Array, "B S"],
+    start: Int32[Array, "B S"] | None,
+    end: Int32[Array, "B S"] | None,
     *,
     queries: int,
     blocks: BlockSizes,
@@ -45,12 +45,13 @@ def select(
     batch, heads, length = gate.shape
     position = jnp.arange(length, dtype=jnp.int32)
     starts = jnp.broadcast_to(position, gate.shape)
+    listed = max(windows) + blocks.epoch < length
+    if not listed and length <= MOST_KEYS and min(windows) < length:
+        return Intervals(starts, expiry_by_counting(gate, windows, start, end), starts_at_key=True)
+    start, end = document_ends(start, end, batch, length)
     if min(windows) >= length:
         whole = jnp.broadcast_to(end[:, None], gate.shape)
         return Intervals(starts, jnp.where(jnp.isneginf(gate), position, whole), starts_at_key=True)
-    listed = max(windows) + blocks.epoch < length
-    if not listed and length <= MOST_KEYS:
-        return Intervals(starts, expiry_by_counting(gate, windows, start, end), starts_at_key=True)
     size = blocks.epoch if listed else min(blocks.epoch, max(LEAF, 1 << (length - 1).bit_length()))
     if size % LEAF or size & (size - 1):
         raise ValueError(f"epoch must be a power of two, {LEAF} or more, got {size}")

@@ -7,7 +7,9 @@ of any length, and exact to 2^24 in the identity layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import jax
@@ -162,9 +164,10 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
     return Rows(key, value, meta, epochs, capacity, lists.carried, size)
 
 
-def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 tiles"]:
-    """Which tiles of block_k keys each tile of queries visits, as four numbers: tiles that all its queries see whole
-    (visited first), tiles visited of the list's first part, tiles skipped after those, tiles visited in all.
+def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 5 tiles"]:
+    """Which tiles of block_k keys each tile of queries visits, as five numbers: tiles that all its queries see whole
+    (visited first), tiles up to which none has a key that begins after the first query, tiles visited of the list's
+    first part, tiles skipped after those, tiles visited in all.
 
     Keys carried into an epoch stand in order of falling expiry and entering ones in order of position, so both
     parts are visited from their first tile on. The identity layout has one part, which may begin late (packed
@@ -178,31 +181,46 @@ def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 ti
     earliest_end, latest_end = (end[..., None, :] for end in rows.ends(block_k))
     earliest_start, latest_start = (start[..., None, :] for start in rows.starts(block_k))
     if split:
-        whole = _before_first(earliest_end[..., :split] <= last_query)
-        carried = _after_last(latest_end[..., :split] > first_query)
+        whole, carried = _tiles(
+            before=[earliest_end[..., :split] <= last_query], up_to=[latest_end[..., :split] > first_query]
+        )
         skipped = split - carried
-        visited = carried + _after_last(earliest_start[..., split:] <= last_query)
+        begun, entered = _tiles(
+            before=[latest_start[..., split:] > first_query], up_to=[earliest_start[..., split:] <= last_query]
+        )
+        visited = carried + entered
+        # Carried keys begin before the epoch; slots without a key end before it, wherever they begin.
+        begun = carried + begun
     else:
-        skipped = _before_first(latest_end > first_query)
-        begun, alive = _after_last(earliest_start <= last_query), _after_last(latest_end > first_query)
-        use = _namespace(begun, alive, skipped)
-        visited = use.maximum(use.minimum(begun, alive) - skipped, 0)
+        begun, reached = _tiles(before=[latest_start > first_query], up_to=[earliest_start <= last_query])
+        alive = latest_end > first_query
+        skipped, unended, alive = _tiles(before=[alive, earliest_end <= last_query], up_to=[alive])
+        use = _namespace(reached, alive, skipped)
+        visited = use.maximum(use.minimum(reached, alive) - skipped, 0)
         carried = use.zeros_like(visited)
-        wholly = use.minimum(_before_first(latest_start > first_query), _before_first(earliest_end <= last_query))
-        whole = use.where(skipped == 0, use.minimum(wholly, visited), 0)
-    return _of_every_head(rows, whole, carried, skipped, visited)[..., :tiles]
+        whole = use.where(skipped == 0, use.minimum(use.minimum(begun, unended), visited), 0)
+        begun = begun - skipped
+    use = _namespace(whole, begun, visited)
+    begun = use.maximum(whole, use.minimum(begun, visited))
+    return _of_every_head(rows, whole, begun, carried, skipped, visited)[..., :tiles]
 
 
-def _before_first(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
-    """How many tiles stand before the first that is found."""
-    number = np.arange(found.shape[-1], dtype=np.int32)
-    return _namespace(found).where(found, number, np.int32(found.shape[-1])).min(-1)
-
-
-def _after_last(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
-    """How many tiles it takes from the first on to have all that are found."""
-    number = np.arange(1, found.shape[-1] + 1, dtype=np.int32)
-    return _namespace(found).where(found, number, np.int32(0)).max(-1)
+def _tiles(
+    before: Sequence[Bool[Array | np.ndarray, "*n tiles"]], up_to: Sequence[Bool[Array | np.ndarray, "*n tiles"]]
+) -> list[Int32[Array | np.ndarray, "*n"]]:
+    """How many tiles stand before the first that is found, of each of `before`, and how many it takes from the first
+    on to have all that are found, of each of `up_to`. One pass over all of them, which are of one shape."""
+    every = (*before, *up_to)
+    tiles, use = every[0].shape[-1], _namespace(*every)
+    number = np.arange(tiles, dtype=np.int32)
+    weights = [tiles - number] * len(before) + [number + 1] * len(up_to)
+    found = [use.where(place, weight, np.int32(0)) for place, weight in zip(every, weights, strict=True)]
+    if use is np:
+        greatest = [array.max(-1) for array in found]
+    else:
+        nothing = [np.int32(0)] * len(found)
+        greatest = lax.reduce(found, nothing, partial(jax.tree.map, jnp.maximum), (found[0].ndim - 1,))
+    return [tiles - each for each in greatest[: len(before)]] + list(greatest[len(before) :])
 
 
 def _namespace(*arrays: Array | np.ndarray) -> ModuleType:
@@ -210,8 +228,8 @@ def _namespace(*arrays: Array | np.ndarray) -> ModuleType:
     return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
 
 
-def _of_every_head(rows: Rows, *counts: Int32[Array | np.ndarray, "*n"]) -> Int32[Array, "B K 4 tiles"]:
-    """Four counts of each tile together, [tiles] or [B, K, E, tiles of one epoch]."""
+def _of_every_head(rows: Rows, *counts: Int32[Array | np.ndarray, "*n"]) -> Int32[Array, "B K counts tiles"]:
+    """Counts of each tile together, [tiles] or [B, K, E, tiles of one epoch]."""
     use = _namespace(*counts)
     shape = (rows.key.shape[0], rows.key.shape[2], rows.epochs, counts[0].shape[-1])
     together = use.stack([use.broadcast_to(count, shape) for count in counts], axis=2)
@@ -219,8 +237,8 @@ def _of_every_head(rows: Rows, *counts: Int32[Array | np.ndarray, "*n"]) -> Int3
 
 
 def key_walks(rows: Rows, block_k: int, block_q: int) -> Int32[Array, "B K 4 tiles"]:
-    """Which tiles of block_q queries of its epoch each tile of keys visits: the first, how many before those that see
-    it whole, how many see it whole, how many in all."""
+    """Which tiles of block_q queries of its epoch each tile of keys visits: the first, how many before those of which
+    no query is before a key, how many of these see it whole, how many in all."""
     bounds = (*rows.starts(block_k), *rows.ends(block_k))
     use = _namespace(*bounds)
     earliest_start, latest_start = (use.maximum(start, 0) for start in bounds[:2])
@@ -229,4 +247,4 @@ def key_walks(rows: Rows, block_k: int, block_q: int) -> Int32[Array, "B K 4 til
     visited = use.maximum(until - first, 0)
     begun, outlives = use.ceil(latest_start / block_q), use.floor(earliest_end / block_q)
     whole = use.maximum(outlives - begun, 0)
-    return _of_every_head(rows, first, begun - first, whole, visited)
+    return _of_every_head(rows, first, use.minimum(begun - first, visited), whole, visited)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.contract import BlockSizes, EpochLists, Intervals
+from pallas_kernels.contract import BlockSizes, EpochLists, Intervals, document_ends
 from pallas_kernels.tpu.choosing import NEVER, ROWS, walk_forward
 from pallas_kernels.tpu.config import LANES, walk_fits
 from pallas_kernels.tpu.lifetimes import walk_back
@@ -18,14 +18,15 @@ MAX_WINDOW, MAX_EPOCH = 32768, 2048
 def select(
     gate: Float[Array, "B K S"],
     windows: tuple[int, ...],
-    start: Int32[Array, "B S"],
-    end: Int32[Array, "B S"],
+    start: Int32[Array, "B S"] | None,
+    end: Int32[Array, "B S"] | None,
     *,
     queries: int,
     blocks: BlockSizes,
 ) -> Intervals | None:
     """`contract.Select` for gates of up to 32 bits and windows up to MAX_WINDOW."""
     batch, heads, length = gate.shape
+    start, end = document_ends(start, end, batch, length)
     position = jnp.arange(length, dtype=jnp.int32)
     starts = jnp.broadcast_to(position, gate.shape)
     listed = max(windows) + blocks.epoch < length
