@@ -205,6 +205,7 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
 def in_a_row(function: Callable[..., Any], copies: int) -> Callable[..., list[Any]]:
     """`function` of as many sets of arguments, one after the other. Each set has arrays of its own, and waits for the
     result before: of equal calls the compiler would make one, and of independent ones it merges the small programs."""
+    function = jax.jit(function)  # traced once
 
     def run(*arguments: jax.Array) -> list[Any]:
         each = len(arguments) // copies

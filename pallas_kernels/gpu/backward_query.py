@@ -74,7 +74,7 @@ def query_gradient(
     dout: Float[Array, "B T H D"],
     stats: Float[Array, "B H 3 T"],
     rows: Rows,
-    runs: Int32[Array, "B K 5 tiles"],
+    runs: Int32[Array, "B K 4 tiles"],
     *,
     scale: float,
     sizes: QueryGradientSizes,
@@ -88,7 +88,7 @@ def query_gradient(
     block_k = sizes.block_k
     dtype = query.dtype
     tiles, tiles_per_epoch = queries // BLOCK_Q, rows.epoch_size // BLOCK_Q
-    factor = scale * LOG2E
+    factor, late = scale * LOG2E, rows.late_tiles(block_k)
 
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, *lack_ref, scratch):
         buffers, barriers = scratch
@@ -100,7 +100,8 @@ def query_gradient(
         thread = lax.axis_index("thread")
         kv_head = lax.div(head, jnp.int32(group))
         base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
-        whole, begun, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(5))
+        whole, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(4))
+        begun = jnp.maximum(whole, count - jnp.minimum(count - carried, late))
 
         @pl.when(thread < 2)
         def _consume():
@@ -176,10 +177,9 @@ def query_gradient(
             lack = [each.at[thread] for each in lack_smem]
             for each in lack:
                 each[...] = plgpu.layout_cast(jnp.full((HALF,), 0, jnp.float32), by_row)
-            first_tile = 0
-            for end, *known in ((whole, True, True), (begun, True, False), (count, False, False)):
-                dquery = lax.fori_loop(first_tile, end, lambda n, c, known=known: step(n, c, *known), dquery)
-                first_tile = end
+            parts = ((0, whole, True, True), (whole, begun, True, False), (begun, count, False, False))
+            for begin, end, *known in parts:
+                dquery = lax.fori_loop(begin, end, lambda n, c, known=known: step(n, c, *known), dquery)
             q_tile[...] = (dquery * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[item, at, head])

@@ -66,7 +66,7 @@ class ForwardSizes(PassSizes):
 def attend(
     query: Float[Array, "B T H D"],
     rows: Rows,
-    runs: Int32[Array, "B K 5 tiles"],
+    runs: Int32[Array, "B K 4 tiles"],
     *,
     scale: float,
     sizes: ForwardSizes,
@@ -78,7 +78,7 @@ def attend(
     dtype = query.dtype
     tiles, tiles_per_epoch = queries // BLOCK_Q, rows.epoch_size // BLOCK_Q
     pieces = Pieces(batch, heads, tiles)
-    factor = scale * LOG2E
+    factor, late = scale * LOG2E, rows.late_tiles(block_k)
 
     def body(q_ref, k_ref, v_ref, meta_ref, runs_ref, out_ref, shift_ref, total_ref, *, scratch):
         (q_smem, k_smem, v_smem, meta_smem, stat_smem), barriers = scratch
@@ -88,10 +88,11 @@ def attend(
 
         def runs_of(item, head, tile):
             kv_head = lax.div(head, jnp.int32(group))
-            return [kv_head, *(runs_ref[item, kv_head, n, tile] for n in range(5))]
+            return [kv_head, *(runs_ref[item, kv_head, n, tile] for n in range(4))]
 
         def consume(piece, done, item, head, tile):
-            _, whole, begun, _, _, count = runs_of(item, head, tile)
+            _, whole, carried, _, count = runs_of(item, head, tile)
+            begun = jnp.maximum(whole, count - jnp.minimum(count - carried, late))
             buffer = 2 * lax.rem(piece, jnp.int32(buffers)) + thread
             q_tile = q_smem.at[buffer]
             first = tile * BLOCK_Q + thread * HALF
@@ -134,7 +135,7 @@ def attend(
             return count
 
         def load(piece, done, item, head, tile):
-            kv_head, _, _, carried, skipped, count = runs_of(item, head, tile)
+            kv_head, _, carried, skipped, count = runs_of(item, head, tile)
             base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
 
             def copies(step):

@@ -7,9 +7,7 @@ of any length, and exact to 2^24 in the identity layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 
 import jax
@@ -43,6 +41,7 @@ class Rows:
     epoch_size: queries of a list; all of them in the identity layout.
     offset: in an identity layout whose row n is visible from position n - offset on, that number; else None.
     filled: where, besides, the last query sees all rows that hold a key, how many those are; else None.
+    own_starts: whether each key is visible from its own position on, so that no two begin at once.
     """
 
     key: Float[Array, "B R K D"]
@@ -54,6 +53,16 @@ class Rows:
     epoch_size: int
     offset: int | None = None
     filled: int | None = None
+    own_starts: bool = False
+
+    def late_tiles(self, size: int) -> int:
+        """At most so many of the tiles of `size` rows that a tile of queries visits, the last ones, hold a key that
+        begins after the first of its queries."""
+        if not self.own_starts:
+            return self.capacity // size
+        # Keys of BLOCK_Q − 1 positions, which stand in as many rows at most.
+        aligned = self.offset is not None and self.offset % size == 0
+        return BLOCK_Q // size + (0 if aligned else 1)
 
     def starts(self, size: int) -> tuple[Bounds, Bounds]:
         """The earliest and the latest first position of each tile of `size` rows; numbers where they are known."""
@@ -79,7 +88,7 @@ class Rows:
 jax.tree_util.register_dataclass(
     Rows,
     data_fields=["key", "value", "meta"],
-    meta_fields=["epochs", "capacity", "carried", "epoch_size", "offset", "filled"],
+    meta_fields=["epochs", "capacity", "carried", "epoch_size", "offset", "filled", "own_starts"],
 )
 
 
@@ -130,7 +139,7 @@ def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
     columns = (whole(bias, 0), whole(start, epoch_size + 1), whole(end, -1))
     meta = jnp.stack([jnp.moveaxis(column.astype(jnp.float32), 1, 2) for column in columns], axis=2)
     known = (offset if intervals.starts_at_key else None, length if intervals.ends_with_row else None)
-    return Rows(whole(key, 0), whole(value, 0), meta, 1, meta.shape[3], 0, epoch_size, *known)
+    return Rows(whole(key, 0), whole(value, 0), meta, 1, meta.shape[3], 0, epoch_size, *known, intervals.starts_at_key)
 
 
 def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, queries: int) -> Rows:
@@ -161,13 +170,13 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
     operands = (lists.index, broken, bias, intervals.end, *known)
     meta = gathered_lines(place, operands, batch * kv_heads, count, 3, jnp.float32)
     meta = meta.reshape(batch, kv_heads, 3, count)
-    return Rows(key, value, meta, epochs, capacity, lists.carried, size)
+    own_starts = intervals.starts_at_key
+    return Rows(key, value, meta, epochs, capacity, lists.carried, size, own_starts=own_starts)
 
 
-def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 5 tiles"]:
-    """Which tiles of block_k keys each tile of queries visits, as five numbers: tiles that all its queries see whole
-    (visited first), tiles up to which none has a key that begins after the first query, tiles visited of the list's
-    first part, tiles skipped after those, tiles visited in all.
+def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 tiles"]:
+    """Which tiles of block_k keys each tile of queries visits, as four numbers: tiles that all its queries see whole
+    (visited first), tiles visited of the list's first part, tiles skipped after those, tiles visited in all.
 
     Keys carried into an epoch stand in order of falling expiry and entering ones in order of position, so both
     parts are visited from their first tile on. The identity layout has one part, which may begin late (packed
@@ -181,46 +190,31 @@ def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 5 ti
     earliest_end, latest_end = (end[..., None, :] for end in rows.ends(block_k))
     earliest_start, latest_start = (start[..., None, :] for start in rows.starts(block_k))
     if split:
-        whole, carried = _tiles(
-            before=[earliest_end[..., :split] <= last_query], up_to=[latest_end[..., :split] > first_query]
-        )
+        whole = _before_first(earliest_end[..., :split] <= last_query)
+        carried = _after_last(latest_end[..., :split] > first_query)
         skipped = split - carried
-        begun, entered = _tiles(
-            before=[latest_start[..., split:] > first_query], up_to=[earliest_start[..., split:] <= last_query]
-        )
-        visited = carried + entered
-        # Carried keys begin before the epoch; slots without a key end before it, wherever they begin.
-        begun = carried + begun
+        visited = carried + _after_last(earliest_start[..., split:] <= last_query)
     else:
-        begun, reached = _tiles(before=[latest_start > first_query], up_to=[earliest_start <= last_query])
-        alive = latest_end > first_query
-        skipped, unended, alive = _tiles(before=[alive, earliest_end <= last_query], up_to=[alive])
-        use = _namespace(reached, alive, skipped)
-        visited = use.maximum(use.minimum(reached, alive) - skipped, 0)
+        skipped = _before_first(latest_end > first_query)
+        begun, alive = _after_last(earliest_start <= last_query), _after_last(latest_end > first_query)
+        use = _namespace(begun, alive, skipped)
+        visited = use.maximum(use.minimum(begun, alive) - skipped, 0)
         carried = use.zeros_like(visited)
-        whole = use.where(skipped == 0, use.minimum(use.minimum(begun, unended), visited), 0)
-        begun = begun - skipped
-    use = _namespace(whole, begun, visited)
-    begun = use.maximum(whole, use.minimum(begun, visited))
-    return _of_every_head(rows, whole, begun, carried, skipped, visited)[..., :tiles]
+        wholly = use.minimum(_before_first(latest_start > first_query), _before_first(earliest_end <= last_query))
+        whole = use.where(skipped == 0, use.minimum(wholly, visited), 0)
+    return _of_every_head(rows, whole, carried, skipped, visited)[..., :tiles]
 
 
-def _tiles(
-    before: Sequence[Bool[Array | np.ndarray, "*n tiles"]], up_to: Sequence[Bool[Array | np.ndarray, "*n tiles"]]
-) -> list[Int32[Array | np.ndarray, "*n"]]:
-    """How many tiles stand before the first that is found, of each of `before`, and how many it takes from the first
-    on to have all that are found, of each of `up_to`. One pass over all of them, which are of one shape."""
-    every = (*before, *up_to)
-    tiles, use = every[0].shape[-1], _namespace(*every)
-    number = np.arange(tiles, dtype=np.int32)
-    weights = [tiles - number] * len(before) + [number + 1] * len(up_to)
-    found = [use.where(place, weight, np.int32(0)) for place, weight in zip(every, weights, strict=True)]
-    if use is np:
-        greatest = [array.max(-1) for array in found]
-    else:
-        nothing = [np.int32(0)] * len(found)
-        greatest = lax.reduce(found, nothing, partial(jax.tree.map, jnp.maximum), (found[0].ndim - 1,))
-    return [tiles - each for each in greatest[: len(before)]] + list(greatest[len(before) :])
+def _before_first(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
+    """How many tiles stand before the first that is found."""
+    number = np.arange(found.shape[-1], dtype=np.int32)
+    return _namespace(found).where(found, number, np.int32(found.shape[-1])).min(-1)
+
+
+def _after_last(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
+    """How many tiles it takes from the first on to have all that are found."""
+    number = np.arange(1, found.shape[-1] + 1, dtype=np.int32)
+    return _namespace(found).where(found, number, np.int32(0)).max(-1)
 
 
 def _namespace(*arrays: Array | np.ndarray) -> ModuleType:
@@ -228,8 +222,8 @@ def _namespace(*arrays: Array | np.ndarray) -> ModuleType:
     return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
 
 
-def _of_every_head(rows: Rows, *counts: Int32[Array | np.ndarray, "*n"]) -> Int32[Array, "B K counts tiles"]:
-    """Counts of each tile together, [tiles] or [B, K, E, tiles of one epoch]."""
+def _of_every_head(rows: Rows, *counts: Int32[Array | np.ndarray, "*n"]) -> Int32[Array, "B K 4 tiles"]:
+    """Four counts of each tile together, [tiles] or [B, K, E, tiles of one epoch]."""
     use = _namespace(*counts)
     shape = (rows.key.shape[0], rows.key.shape[2], rows.epochs, counts[0].shape[-1])
     together = use.stack([use.broadcast_to(count, shape) for count in counts], axis=2)
