@@ -154,9 +154,11 @@ SPEED_GOALS = (
     SpeedGoal(8192, 1024, "forward", DENSE, 2),
     SpeedGoal(8192, 1024, "both", DENSE, 2),
     SpeedGoal(131_072, 2048, "forward", DENSE, 20),
-    # Windows that hide nothing: the identity layout.
+    # Short rows, and windows that hide nothing: the identity layout.
     SpeedGoal(1024, 1024, "forward", DENSE, 1 / 1.1),
     SpeedGoal(1024, 1024, "both", DENSE, 1 / 1.1),
+    SpeedGoal(2048, 1024, "forward", DENSE, 1 / 1.1),
+    SpeedGoal(2048, 1024, "both", DENSE, 1 / 1.1),
     SpeedGoal(8192, 8192, "forward", DENSE, 1 / 1.1),
     SpeedGoal(8192, 8192, "both", DENSE, 1 / 1.1),
 )
