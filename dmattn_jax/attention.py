@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dmattn_jax.dispatch import choose_implementation
-from dmattn_jax.documents import document_bounds
+from dmattn_jax.documents import Documents, document_bounds
 from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys, last_keys
 from dmattn_jax.validation import check_attention, check_segment_ids, check_window
@@ -57,11 +57,12 @@ def dynamic_mask_attention(
     check_segment_ids(segment_ids, batch, length)
     documents = document_bounds(segment_ids, batch, length)
     backend = choose_implementation(implementation, query.dtype, query.shape[3])
-    token = None if segment_ids is None else documents.token
+    packed = None if segment_ids is None else documents
+    token = None if packed is None else packed.token
     ranked = jnp.moveaxis(jax.lax.stop_gradient(gate), 2, 1)
     if causal:
         blocks = backend.block_sizes(query.shape[1], length, max(windows), query.shape[3], query.dtype)
-        intervals = choose_intervals(ranked, windows, segment_ids, query.shape[1], backend, blocks)
+        intervals = choose_intervals(ranked, windows, packed, query.shape[1], backend, blocks)
         intervals = dataclasses.replace(intervals, ends_with_row=segment_ids is None and min(windows) >= length)
         return _run(query, key, value, gate, intervals, token, scale, backend, blocks)
     choice = choose_keys(ranked, windows, documents, causal=False)
@@ -154,20 +155,21 @@ def causal_attention(
 def choose_intervals(
     gate: Float[Array, "B K S"],
     windows: tuple[int, ...],
-    segment_ids: Int[Array, "B S"] | None,
+    documents: Documents | None,
     queries: int,
     backend: Implementation,
     blocks: BlockSizes,
 ) -> Intervals:
-    """Intervals of the causal choice by gates, by the implementation's own means where it has any."""
-    documents = document_bounds(segment_ids, gate.shape[0], gate.shape[2])
+    """Intervals of the causal choice by gates, by the implementation's own means where it has any. documents: None
+    where a row is one document."""
     found = None
     if backend.select is not None:
         seen, start, end = gate, None, None
-        if segment_ids is not None:
+        if documents is not None:
             seen, start, end = jnp.where(documents.token[:, None], gate, -jnp.inf), documents.start, documents.end
         found = backend.select(seen, windows, start, end, queries=queries, blocks=blocks)
     if found is None:
+        documents = documents or document_bounds(None, gate.shape[0], gate.shape[2])
         choice = choose_keys(gate, windows, documents, causal=True)
         found = lay_out(choice, queries=queries, window=max(windows), blocks=blocks)
     return found

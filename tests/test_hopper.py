@@ -270,7 +270,8 @@ def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length,
                 assert set(np.flatnonzero(own.any((-1, -2)))) <= set(visits)
                 assert own[visits[:whole]].all()
                 # Who has not ended by a query of these is seen by it.
-                begun = count - min(count - carried, rows.late_tiles(block_k))
+                begun = int(rows.begun_tiles(block_k, whole, carried, count))
+                assert whole <= begun <= count
                 np.testing.assert_array_equal(own[visits[:begun]], alive[b, k, own_epoch, visits[:begun]][..., mine])
                 all_begun += begun
                 whole_runs += whole

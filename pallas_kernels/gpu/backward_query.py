@@ -11,6 +11,7 @@ users ask for digits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.gpu.masks import BIAS, of_keys, visible
 from pallas_kernels.gpu.pipeline import load_vector, produce
 from pallas_kernels.gpu.scratch import HALF_TILE, PassSizes, Scratch, warp_specialized
 from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile
@@ -88,7 +90,7 @@ def query_gradient(
     block_k = sizes.block_k
     dtype = query.dtype
     tiles, tiles_per_epoch = queries // BLOCK_Q, rows.epoch_size // BLOCK_Q
-    factor, late = scale * LOG2E, rows.late_tiles(block_k)
+    factor = scale * LOG2E
 
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, runs_ref, dq_ref, *lack_ref, scratch):
         buffers, barriers = scratch
@@ -101,7 +103,7 @@ def query_gradient(
         kv_head = lax.div(head, jnp.int32(group))
         base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
         whole, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(4))
-        begun = jnp.maximum(whole, count - jnp.minimum(count - carried, late))
+        begun = rows.begun_tiles(block_k, whole, carried, count)
 
         @pl.when(thread < 2)
         def _consume():
@@ -115,7 +117,7 @@ def query_gradient(
                 plgpu.copy_gmem_to_smem(stats_ref.at[item, head, :, at], each.at[thread], own.at[4 + thread])
             for n in range(2 + len(stats_smem)):
                 plgpu.barrier_wait(own.at[2 * n + thread])
-            by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+            by_row = plgpu.Layout.WGMMA.reduce(1)
             shift, inverse, delta = (
                 load_vector(stats_smem[0].at[thread, n] if stats_smem else stats_ref.at[item, head, n, at], by_row)
                 for n in range(3)
@@ -129,7 +131,7 @@ def query_gradient(
                 """
                 return ref.at[thread + lax.shift_right_logical(number, 30) if dim > 128 else thread]
 
-            def step(number, dquery, all_begun, none_ended):
+            def step(number, dquery, look):
                 slot, value_slot = (lax.rem(number, jnp.int32(n)) for n in (sizes.stages, sizes.value_stages))
                 plgpu.barrier_wait(k_full.at[slot])
 
@@ -143,19 +145,11 @@ def query_gradient(
                 scores = multiply(own_half(q_smem, number), k_smem.at[slot])
                 shape = scores.shape
                 plgpu.barrier_wait(meta_full.at[value_slot])
-
-                def of_keys(row):
-                    return lax.broadcast_in_dim(load_vector(meta_smem.at[value_slot, row], by_column), shape, [1])
-
-                scores = scores * factor + of_keys(0)
+                meta = meta_smem.at[value_slot]
+                scores = scores * factor + of_keys(meta, BIAS, shape, axis=1)
                 scores = scores - lax.broadcast_in_dim(shift, shape, [0])
-                if not (all_begun and none_ended):
-                    position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-                    position = (position + within).astype(jnp.float32)
-                    sees = position < of_keys(2)
-                    if not all_begun:
-                        sees &= of_keys(1) <= position
-                    scores = jnp.where(sees, scores, -jnp.inf)
+                if look is not None:
+                    scores = jnp.where(look(meta, shape, within), scores, -jnp.inf)
                 plgpu.barrier_arrive(meta_free.at[value_slot])
                 weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [0])
                 plgpu.barrier_wait(v_full.at[value_slot])
@@ -177,9 +171,9 @@ def query_gradient(
             lack = [each.at[thread] for each in lack_smem]
             for each in lack:
                 each[...] = plgpu.layout_cast(jnp.full((HALF,), 0, jnp.float32), by_row)
-            parts = ((0, whole, True, True), (whole, begun, True, False), (begun, count, False, False))
-            for begin, end, *known in parts:
-                dquery = lax.fori_loop(begin, end, lambda n, c, known=known: step(n, c, *known), dquery)
+            ended, late = (partial(visible, axis=1, begun=known) for known in (True, False))
+            for begin, end, look in ((0, whole, None), (whole, begun, ended), (begun, count, late)):
+                dquery = lax.fori_loop(begin, end, lambda n, c, look=look: step(n, c, look), dquery)
             q_tile[...] = (dquery * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[item, at, head])

@@ -22,7 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.pipeline import Pieces, load_vector, produce
+from pallas_kernels.gpu.masks import BIAS, of_keys, visible
+from pallas_kernels.gpu.pipeline import Pieces, produce
 from pallas_kernels.gpu.scratch import HALF_TILE, PassSizes, Scratch, warp_specialized
 from pallas_kernels.gpu.softmax import Slots, attend_tiles, normalised
 from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile
@@ -78,7 +79,7 @@ def attend(
     dtype = query.dtype
     tiles, tiles_per_epoch = queries // BLOCK_Q, rows.epoch_size // BLOCK_Q
     pieces = Pieces(batch, heads, tiles)
-    factor, late = scale * LOG2E, rows.late_tiles(block_k)
+    factor = scale * LOG2E
 
     def body(q_ref, k_ref, v_ref, meta_ref, runs_ref, out_ref, shift_ref, total_ref, *, scratch):
         (q_smem, k_smem, v_smem, meta_smem, stat_smem), barriers = scratch
@@ -92,34 +93,25 @@ def attend(
 
         def consume(piece, done, item, head, tile):
             _, whole, carried, _, count = runs_of(item, head, tile)
-            begun = jnp.maximum(whole, count - jnp.minimum(count - carried, late))
+            begun = rows.begun_tiles(block_k, whole, carried, count)
             buffer = 2 * lax.rem(piece, jnp.int32(buffers)) + thread
             q_tile = q_smem.at[buffer]
             first = tile * BLOCK_Q + thread * HALF
             plgpu.barrier_wait(q_full.at[buffer])
-            by_column = plgpu.Layout.WGMMA.reduce(0)
             within = lax.rem(tile, jnp.int32(tiles_per_epoch)) * BLOCK_Q + thread * HALF
 
             def slot_of(number):
                 return lax.rem(done + number, jnp.int32(stages))
 
-            def of_keys(slot, row, shape):
-                return lax.broadcast_in_dim(load_vector(meta_smem.at[slot, row], by_column), shape, [1])
-
             def biased(scores, slot):
-                return scores * factor + of_keys(slot, 0, scores.shape)
+                return scores * factor + of_keys(meta_smem.at[slot], BIAS, scores.shape, axis=1)
 
-            def not_ended(scores, slot, begun=True):
-                shape = scores.shape
+            def masked(scores, slot, begun):
                 scores = biased(scores, slot)
-                position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-                position = (position + within).astype(jnp.float32)
-                sees = position < of_keys(slot, 2, shape)
-                if not begun:
-                    sees &= of_keys(slot, 1, shape) <= position
+                sees = visible(meta_smem.at[slot], scores.shape, within, axis=1, begun=begun)
                 return jnp.where(sees, scores, -jnp.inf)
 
-            runs = ((whole, biased), (begun, not_ended), (count, partial(not_ended, begun=False)))
+            runs = ((whole, biased), (begun, partial(masked, begun=True)), (count, partial(masked, begun=False)))
             weighted, shift, total = attend_tiles(q_tile, slots, slot_of, runs, thread)
             weighted = normalised(weighted, total)
             q_tile[...] = weighted.astype(dtype)

@@ -9,6 +9,7 @@ and still no product is made twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.masks import visible
 from pallas_kernels.gpu.pipeline import load_as, load_vector
 from pallas_kernels.gpu.tiles import LOG2E
 
@@ -255,7 +257,8 @@ def _write_columns(program: Program, at: Any, sums: Any, column: int) -> None:
 
 def _for_each_step(steps: Steps, step: Callable[[Any, Any, Look], Any], carry: Any) -> Any:
     first = 0
-    for (end, first_query), look in zip(steps, (_all, _not_ended, _visible), strict=True):
+    ended, late = (partial(visible, axis=0, begun=known) for known in (True, False))
+    for (end, first_query), look in zip(steps, (_all, ended, late), strict=True):
 
         def at(number, carry, first_query=first_query, look=look):
             return step(number, carry, lambda meta_tile, shape: look(meta_tile, shape, first_query(number)))
@@ -267,26 +270,6 @@ def _for_each_step(steps: Steps, step: Callable[[Any, Any, Look], Any], carry: A
 
 def _all(meta_tile: Any, shape: tuple[int, ...], first_query: Any) -> None:
     """Every query sees every key."""
-
-
-def _not_ended(meta_tile: Any, shape: tuple[int, ...], first_query: Any) -> Any:
-    """Which queries come before the ends of which keys [keys, queries]."""
-    return _position(shape, first_query) < _of_keys(meta_tile, 2, shape)
-
-
-def _visible(meta_tile: Any, shape: tuple[int, ...], first_query: Any) -> Any:
-    """Which queries see which keys [keys, queries]."""
-    position = _position(shape, first_query)
-    return (_of_keys(meta_tile, 1, shape) <= position) & (position < _of_keys(meta_tile, 2, shape))
-
-
-def _position(shape: tuple[int, ...], first_query: Any) -> Any:
-    position = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    return (position + first_query).astype(jnp.float32)
-
-
-def _of_keys(meta_tile: Any, row: int, shape: tuple[int, ...]) -> Any:
-    return lax.broadcast_in_dim(load_vector(meta_tile.at[row], plgpu.Layout.WGMMA.reduce(1)), shape, [0])
 
 
 def _masked(array: Any, sees: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +56,15 @@ class Rows:
     filled: int | None = None
     own_starts: bool = False
 
-    def late_tiles(self, size: int) -> int:
-        """At most so many of the tiles of `size` rows that a tile of queries visits, the last ones, hold a key that
-        begins after the first of its queries."""
+    def begun_tiles(self, size: int, whole: Any, carried: Any, visited: Any) -> Any:
+        """Up to which of the tiles of `size` rows that a tile of queries visits no key begins after its first query,
+        with the numbers of `query_runs`. Those that may hold others, of the list's second part, are visited last."""
         if not self.own_starts:
-            return self.capacity // size
+            return jnp.maximum(whole, carried)
         # Keys of BLOCK_Q − 1 positions, which stand in as many rows at most.
         aligned = self.offset is not None and self.offset % size == 0
-        return BLOCK_Q // size + (0 if aligned else 1)
+        late = BLOCK_Q // size + (0 if aligned else 1)
+        return jnp.maximum(whole, visited - jnp.minimum(visited - carried, late))
 
     def starts(self, size: int) -> tuple[Bounds, Bounds]:
         """The earliest and the latest first position of each tile of `size` rows; numbers where they are known."""
@@ -170,8 +172,7 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
     operands = (lists.index, broken, bias, intervals.end, *known)
     meta = gathered_lines(place, operands, batch * kv_heads, count, 3, jnp.float32)
     meta = meta.reshape(batch, kv_heads, 3, count)
-    own_starts = intervals.starts_at_key
-    return Rows(key, value, meta, epochs, capacity, lists.carried, size, own_starts=own_starts)
+    return Rows(key, value, meta, epochs, capacity, lists.carried, size, own_starts=intervals.starts_at_key)
 
 
 def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 tiles"]:

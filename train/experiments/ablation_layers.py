@@ -53,7 +53,8 @@ def earlier_first_attention(
     backend = choose_implementation(None, query.dtype, query.shape[3])
     blocks = backend.block_sizes(length, length, max(windows), query.shape[3], query.dtype)
     ranked = jnp.moveaxis(earlier_first(gate), 2, 1)
-    intervals = choose_intervals(ranked, windows, segment_ids, length, backend, blocks)
+    packed = None if segment_ids is None else documents
+    intervals = choose_intervals(ranked, windows, packed, length, backend, blocks)
     return _through(intervals, documents, query, key, value, gate, backend, blocks)
 
 
