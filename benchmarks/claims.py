@@ -15,6 +15,8 @@ REPRODUCED, NOT, MIXED = "reproduced", "**not** reproduced", "mixed"
 OPEN, NOT_RUN = "not decided yet", "not run yet"
 REACHED, MISSED = "reached", "**not** reached"
 SAME_ACCURACY = 0.01
+LEARNED = 0.1
+"""Accuracy below which a model knows of an answer little more than that it is one of the values."""
 RIVALS = ("mha", "swa", "mla", "nsa")
 
 
@@ -37,7 +39,7 @@ def verdict_of(better: int, same: int, worse: int) -> str:
 
 def recall_claims(records: Records, where: str = "") -> list[Claim]:
     """DMA against every other attention, cell by cell of the recall sweeps. A cell that its minutes ended says only
-    how fast its model learns, so it decides nothing.
+    how fast its model learns, so it decides nothing; nor does one in which neither model has learned to recall.
 
     where: which cells these are, for the sentence.
     """
@@ -56,23 +58,24 @@ def _recall_claim(found: Mapping[tuple[Any, str], list[dict[str, Any]]], rival: 
     ]
     ended = [pair for pair in pairs if all(result["stopped"] != "time" for results in pair for result in results)]
     accuracy = [tuple(np.mean([result["accuracy"] for result in results]) for results in pair) for pair in ended]
+    accuracy = [pair for pair in accuracy if max(pair) >= LEARNED]
     better = sum(own - other > SAME_ACCURACY for own, other in accuracy)
     worse = sum(other - own > SAME_ACCURACY for own, other in accuracy)
-    same = len(ended) - better - worse
+    same = len(accuracy) - better - worse
     by_steps = ([r for results in pair for r in results if r["stopped"] == "steps"] for pair in ended)
     shortened = [results for results in by_steps if results]
     parts = []
-    if ended:
-        parts.append(f"better in {better}, within {SAME_ACCURACY} in {same}, worse in {worse} of {len(ended)} cells")
+    if accuracy:
+        parts.append(f"better in {better}, within {SAME_ACCURACY} in {same}, worse in {worse} of {len(accuracy)} cells")
+    if len(ended) > len(accuracy):
+        parts.append(f"{len(ended) - len(accuracy)} in which neither answers one in ten, which decide nothing")
     if shortened:
         steps = sorted({result["steps"] for results in shortened for result in results})
-        parts.append(
-            f"{len(shortened)} of them with schedules shortened to {', '.join(map('{:,}'.format, steps))} steps"
-        )
+        parts.append(f"{len(shortened)} with schedules shortened to {', '.join(map('{:,}'.format, steps))} steps")
     if len(pairs) > len(ended):
         parts.append(f"{len(pairs) - len(ended)} cut short by time, which decide nothing")
     said = f"DMA recalls at least as much as {rival.upper()} (2508.02124){where}"
-    return Claim(said, "; ".join(parts), OPEN if pairs and not ended else verdict_of(better, same, worse))
+    return Claim(said, "; ".join(parts), OPEN if pairs and not accuracy else verdict_of(better, same, worse))
 
 
 def scaling_claims(records: Records) -> list[Claim]:

@@ -46,11 +46,21 @@ def test_cells_ended_by_their_minutes_decide_nothing():
     assert found["SWA"].measured.endswith("of 1 cells; 1 cut short by time, which decide nothing")
 
 
+def test_cells_that_nobody_learned_decide_nothing():
+    cells = [cell("dma", 32, 0.003), cell("mha", 32, 0.002), cell("swa", 32, 0.55)]
+    cells += [cell("dma", 64, 0.09), cell("mha", 64, 0.06)]
+    found = {claim.said.split()[-2]: claim for claim in claims.recall_claims({"mqar_x": cells})}
+    assert found["MHA"].verdict == claims.OPEN
+    assert found["MHA"].measured == "2 in which neither answers one in ten, which decide nothing"
+    assert found["SWA"].verdict == claims.NOT
+    assert found["SWA"].measured == "better in 0, within 0.01 in 0, worse in 1 of 1 cells"
+
+
 def test_shortened_schedules_are_named():
     cells = [cell("dma", 32, 0.9, stopped="target"), cell("mha", 32, 0.1, stopped="steps"), cell("swa", 32, 0.1)]
     mha, swa, *_ = claims.recall_claims({"mqar_x": cells}, "; here elsewhere")
     assert mha.said.endswith("MHA (2508.02124); here elsewhere")
-    assert mha.measured.endswith("of 1 cells; 1 of them with schedules shortened to 320 steps")
+    assert mha.measured.endswith("of 1 cells; 1 with schedules shortened to 320 steps")
     assert "shortened" not in swa.measured
 
 

@@ -14,6 +14,10 @@ from pallas_kernels.gpu.tiles import BLOCK_Q, GRANULE
 
 HEAD_SIZES = (64, 128, 192, 256)
 """Head sizes the kernels are written for; others are padded with zeros to the next."""
+WIDEST = 192
+"""What is let through. At 256 the gradients of 1,021 keys without lists were wrong on an H200, by as much as rounding
+and more, and not equally in two runs, though no wait is missing; the portable path has these until that is understood.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +69,13 @@ def native_head_size(head_dim: int) -> int:
 
 def limits() -> list[str]:
     """`contract.Implementation.limits`."""
-    return [f"float32, float64 and head sizes above {HEAD_SIZES[-1]} run on: xla"]
+    return [f"float32, float64 and head sizes above {WIDEST} run on: xla"]
 
 
 def unsupported(dtype: jnp.dtype, head_dim: int) -> str | None:
-    """None for half precision and head sizes up to 256; else what is out of range."""
+    """None for half precision and head sizes up to WIDEST; else what is out of range."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 or float16, not {jnp.dtype(dtype).name}"
-    if head_dim > HEAD_SIZES[-1]:
-        return f"it takes head sizes up to {HEAD_SIZES[-1]}, not {head_dim}"
+    if head_dim > WIDEST:
+        return f"it takes head sizes up to {WIDEST}, not {head_dim}"
     return None

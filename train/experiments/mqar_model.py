@@ -76,7 +76,10 @@ class RecallModel(nnx.Module):
         return self.blocks[0].attention.lifetimes(gates)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens] + self.position[...][: tokens.shape[1]]
+        # Read at every token, not broadcast: the gradient of a broadcast is a sum over examples, for which XLA lays all
+        # of the residual stream out with the examples last, and turns it around at every product.
+        places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.embedding[...][tokens] + self.position[...][places]
 
 
 def _attention(config: MQARConfig, rngs: nnx.Rngs) -> Any:
