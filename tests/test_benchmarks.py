@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks import record as records
 from benchmarks.record import rms_ratio
+from dmattn_jax import dynamic_mask_attention
 from train import cli
 
 
@@ -94,6 +96,22 @@ def test_short_programs_in_a_row_are_all_run():
     for (products, total), (left, right) in zip(results, pairs, strict=True):
         assert products.tolist() == sorted((left * right).tolist())
         assert float(total) == float(left.sum())
+
+
+def test_a_wrong_gradient_is_named_before_anything_is_timed(monkeypatch):
+    from benchmarks import attention
+
+    def wrong(query, key, value, gate, *, window):
+        doubled = 2 * key - jax.lax.stop_gradient(key)
+        return dynamic_mask_attention(query, doubled, value, gate, window=window)
+
+    options = attention.Options(heads=2, kv_heads=1, head_dim=8, dtype="float32")
+    right = partial(dynamic_mask_attention, window=100)
+    peers = {"cudnn dense": None, "dma right": right, "dma wrong": partial(wrong, window=100)}
+    monkeypatch.setattr(attention, "peers", lambda window: peers)
+    named = r"dma wrong is wrong in a window of 100, .* dkey 1\.00e\+00, dvalue \S+e-0[6-9]"
+    with pytest.raises(SystemExit, match=named):
+        attention.check(options)
 
 
 class Device:
