@@ -178,6 +178,33 @@ def test_a_late_gate_learns_after_a_third_of_the_steps():
     assert moved == [False, False, False, True, True], "three steps a call, and ten that do not count"
 
 
+def test_only_the_second_layer_s_gate_learns():
+    programs = make_programs(resolve(dataclasses.replace(TINY, change="second_gate")))
+    before = jax.device_get(programs.initial().params)
+    after = programs.train(programs.initial())[0].params
+    for name in ("A", "delta"):
+        moved = [
+            (np.asarray(after[key]) != before[key]).any()
+            for n in (0, 1)
+            if (key := f"blocks.{n}.attention.gate.{name}")
+        ]
+        assert moved == [False, True]
+
+
+def test_a_gate_that_is_told_keeps_all_values_and_nothing_else():
+    """Once as many values have passed as a query sees; before, the window's rest is the last other tokens."""
+    config = resolve(dataclasses.replace(TINY, change="told_gate", window=5))
+    programs = make_programs(config)
+    trained = programs.train(programs.initial())[0].params
+    model = programs.skeleton.merge(trained)
+    gates = model.gates(jnp.asarray(examples(config, 3).tokens))
+    assert (np.asarray(gates[0]) == 1).all()
+    sees = np.asarray(visible_keys_oracle(gates[1], 5))[0, 0]
+    for query in range(9, 22):
+        assert np.flatnonzero(sees[query]).tolist() == [1, 3, 5, 7, 9]
+    assert np.flatnonzero(sees[6]).tolist() == [1, 3, 4, 5, 6]
+
+
 def test_a_gate_that_stays_still_is_a_sliding_window():
     """The control of the comparison: from equal parameters the two learn the same."""
     still, sliding = (

@@ -23,6 +23,8 @@ Change = Literal[
     "detached_gate",
     "still_gate",
     "late_gate",
+    "second_gate",
+    "told_gate",
     "slow_gate",
     "fast_gate",
     "margin",
@@ -30,8 +32,17 @@ Change = Literal[
     "all_keys",
 ]
 CHANGES: tuple[Change, ...] = get_args(Change)
-GATE_RATES: dict[Change, float] = {"still_gate": 0.0, "late_gate": 1.0, "slow_gate": 0.1, "fast_gate": 10.0}
-"""Of what the gate's two parameters learn, to that of all others."""
+GATE_RATES: dict[Change, float] = {
+    "still_gate": 0.0,
+    "late_gate": 1.0,
+    "second_gate": 0.0,
+    "told_gate": 0.0,
+    "slow_gate": 0.1,
+    "fast_gate": 10.0,
+}
+"""Of what a gate's two parameters learn, to that of all others."""
+FIRST_LAYER_ALONE: tuple[Change, ...] = ("second_gate",)
+"""Where that is said of the first layer's gate, and the others' learn as published."""
 GATE_BEGINS: dict[Change, float] = {"late_gate": 1 / 3}
 """Of all steps, those before which it learns nothing."""
 MEANING_OF_CHANGES: dict[Change, str] = {
@@ -39,6 +50,8 @@ MEANING_OF_CHANGES: dict[Change, str] = {
     **{name: f"the gate's two parameters learn at {rate:g} times the rate" for name, rate in GATE_RATES.items()},
     "still_gate": "the gate stays as it begins, all keys equal: a sliding window, as a control",
     "late_gate": "a sliding window for a third of the steps, in which the gate does not learn; then as published",
+    "second_gate": "the first layer's gate stays as it begins, a sliding window; the second layer's learns",
+    "told_gate": "no gate learns: the first layer is a sliding window, the second is told to keep the pairs' values",
 }
 
 
@@ -63,8 +76,9 @@ class MQARConfig:
     """Keys a query sees (`dma`, `swa`), recent keys of `nsa`; None: 512, and length / 2 where that is less."""
     change: Change = "none"
     """One thing that is not as published in `dma`: those of `dmattn ablation`, and a gate that learns at a tenth of the
-    rate, at ten times of it, not before a third of the steps (`late_gate`), or not at all (`still_gate`: a sliding
-    window, as a control). `margin` sets gate-step, `linear_gate` gate-activation, `all_keys` the window."""
+    rate, at ten times of it, not before a third of the steps (`late_gate`), not in the first layer (`second_gate`), or
+    not at all (`still_gate`: a sliding window, as a control; `told_gate`: but the second layer keeps all pairs' values,
+    what a perfect gate would do). `margin` sets gate-step, `linear_gate` gate-activation, `all_keys` the window."""
     gate_activation: GateActivation = "exp"
     """`linear` leaves out the exponential of δ (`dma`)."""
     gate_step: float = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,21 +11,40 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from dmattn_jax import nn
+from dmattn_jax import dynamic_mask_attention, nn
+from dmattn_jax.nn.attend import attend
 from dmattn_jax.partitioning import normal
 from train.experiments.ablation_layers import LAYERS
 from train.experiments.mqar_config import MQARConfig
 
 
+class ToldGateAttention(nn.DynamicMaskAttention):
+    """A gate that knows the task: δ is larger at the values of the pairs, the odd places of the first 2n tokens."""
+
+    def __init__(self, *args: Any, pairs: int, **options: Any):
+        super().__init__(*args, **options)
+        self.pairs = pairs
+
+    def gates(self, x: Float[Array, "B T _"]) -> Float[Array, "B T K"]:
+        place = jnp.arange(x.shape[1])
+        told = jnp.where((place < 2 * self.pairs) & (place % 2 == 1), 2.0, 1.0)
+        return jnp.broadcast_to(told[:, None], (*x.shape[:2], self.num_kv_heads))
+
+    def _attend(self, query, key, value, segment_ids):
+        gate = self.gates(value[..., 0])
+        return attend(dynamic_mask_attention, query, key, value, gate, segment_ids=segment_ids, windows=self.windows)
+
+
 class RecallBlock(nnx.Module):
     """x ← x + Attn(LayerNorm x); x ← x + W₂ GELU(W₁ LayerNorm x), four times as wide inside."""
 
-    def __init__(self, config: MQARConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MQARConfig, number: int, *, rngs: nnx.Rngs):
+        """number: the layer's, from 0."""
         dim, dtype = config.dim, jnp.dtype(config.dtype)
         assert config.init_std is not None
         initial = nnx.initializers.normal(config.init_std)
         self.attention_norm = nnx.LayerNorm(dim, rngs=rngs)
-        self.attention = _attention(config, rngs)
+        self.attention = _attention(config, number, rngs)
         self.mlp_norm = nnx.LayerNorm(dim, rngs=rngs)
         self.up = nnx.Linear(dim, 4 * dim, kernel_init=initial, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(4 * dim, dim, kernel_init=initial, dtype=dtype, rngs=rngs)
@@ -47,7 +68,7 @@ class RecallModel(nnx.Module):
         assert config.init_std is not None
         self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.dim), config.init_std, jnp.float32))
         self.position = nnx.Param(normal(rngs, (config.length, config.dim), config.init_std, jnp.float32))
-        self.blocks = nnx.List([RecallBlock(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.blocks = nnx.List([RecallBlock(config, n, rngs=rngs) for n in range(config.num_layers)])
         self.norm = nnx.LayerNorm(config.dim, rngs=rngs)
         self.config = config
 
@@ -82,7 +103,7 @@ class RecallModel(nnx.Module):
         return self.embedding[...][tokens] + self.position[...][places]
 
 
-def _attention(config: MQARConfig, rngs: nnx.Rngs) -> Any:
+def _attention(config: MQARConfig, number: int, rngs: nnx.Rngs) -> Any:
     dim = config.dim
     common: dict[str, Any] = {
         "rope_theta": None,
@@ -101,7 +122,10 @@ def _attention(config: MQARConfig, rngs: nnx.Rngs) -> Any:
         return nn.SlidingWindowAttention(*shape, window=config.window, **common)
     if config.attention == "nsa":
         return nn.NativeSparseAttention(*shape, latent_dim=dim // 4, window=config.window, **common)
-    layer = LAYERS.get(config.change, nn.DynamicMaskAttention)
+    layer: Callable[..., Any] = LAYERS.get(config.change, nn.DynamicMaskAttention)
+    if config.change == "told_gate" and number:
+        assert config.pairs is not None
+        layer = functools.partial(ToldGateAttention, pairs=config.pairs)
     return layer(
         *shape,
         window=config.window,

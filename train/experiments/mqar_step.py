@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.config import OptimizerConfig
-from train.experiments.mqar_config import GATE_BEGINS, GATE_RATES, MQARConfig
+from train.experiments.mqar_config import FIRST_LAYER_ALONE, GATE_BEGINS, GATE_RATES, MQARConfig
 from train.experiments.mqar_data import Examples, make_examples
 from train.experiments.mqar_model import RecallModel
 from train.optimizer import make_optimizer, make_schedule
@@ -55,7 +55,8 @@ def make_programs(config: MQARConfig) -> Programs:
     schedule = make_schedule(recipe, config.learning_rate, steps)
     optimizer = make_optimizer(recipe, schedule, skeleton.decay_mask())
     if config.change in GATE_RATES:
-        of_gate = {name: ".gate." in name for name in skeleton.shapes}
+        which = "blocks.0.attention.gate." if config.change in FIRST_LAYER_ALONE else ".gate."
+        of_gate = {name: which in name for name in skeleton.shapes}
         rate, first = GATE_RATES[config.change], GATE_BEGINS.get(config.change, 0) * steps
         slowed = optax.scale_by_schedule(lambda step: jnp.where(step < first, 0.0, rate))
         optimizer = optax.chain(optimizer, optax.masked(slowed, of_gate))
