@@ -98,6 +98,7 @@ def test_short_programs_in_a_row_are_all_run():
         assert float(total) == float(left.sum())
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_named_before_anything_is_timed(monkeypatch):
     from benchmarks import attention
 
