@@ -3,15 +3,10 @@
 The short rows of other tests do not show what goes wrong only now and then, or where many tiles follow each other.
 """
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import EACH, RATIO, assert_close
+from reference import EACH, NAMES, RATIO, assert_close, make_case, rounded, run
 
-from dmattn_jax import dynamic_mask_attention
 from pallas_kernels.gpu import MOSAIC_GPU
 
 DTYPE = "bfloat16"
@@ -25,33 +20,14 @@ def implementation(request):
     return request.param
 
 
-def arrays(length: int, dim: int, dtype: str = DTYPE, heads: int = 4, kv_heads: int = 2) -> list[jax.Array]:
-    """query, key, value, gate and a cotangent; half precision holds them exactly."""
-    keys = jax.random.split(jax.random.key(length + dim), 5)
-    shapes = [(1, length, n, dim) for n in (heads, kv_heads, kv_heads)]
-    made = [jax.random.normal(key, shape, DTYPE) for key, shape in zip(keys, shapes, strict=False)]
-    cotangent = jax.random.normal(keys[4], shapes[0], DTYPE)
-    gate = 2 * jax.random.normal(keys[3], (1, length, kv_heads))
-    return [*(array.astype(dtype) for array in made), gate, cotangent.astype(dtype)]
-
-
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def results(query, key, value, gate, cotangent, window: int, implementation: str) -> tuple[jax.Array, ...]:
-    attend = functools.partial(dynamic_mask_attention, window=window, implementation=implementation)
-    out, pull = jax.vjp(attend, query, key, value, gate)
-    return (out, *pull(cotangent))
-
-
 def check_long_rows(length: int, window: int, dim: int, implementation: str, runs: int) -> None:
-    want = [np.asarray(array, np.float64) for array in results(*arrays(length, dim, "float32"), window, "xla")]
-    inputs = arrays(length, dim)
-    got = [[np.asarray(array) for array in results(*inputs, window, implementation)] for _ in range(runs)]
-    for number, again in enumerate(got):
-        for name, left, right in zip(("out", "dquery", "dkey", "dvalue", "dgate"), again, got[0], strict=True):
+    case = rounded(make_case(batch=1, keys=length, kv_heads=2, dim=dim, window=window), DTYPE)
+    want = [array.astype(np.float64) for array in run(case, "float32", implementation="xla")]
+    first, *later = (run(case, DTYPE, implementation=implementation) for _ in range(runs))
+    for number, again in enumerate(later, 2):
+        for name, left, right in zip(NAMES, again, first, strict=True):
             assert np.array_equal(left, right), f"{name} of run {number} is not that of the first run"
-    assert_close(
-        [np.asarray(jnp.asarray(array, jnp.float32)) for array in got[0]], want, ratio=RATIO[DTYPE], each=EACH[DTYPE]
-    )
+    assert_close(first, want, ratio=RATIO[DTYPE], each=EACH[DTYPE])
 
 
 @pytest.mark.parametrize("dim", [64, 128, 192])

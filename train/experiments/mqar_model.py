@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,28 +9,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from dmattn_jax import dynamic_mask_attention, nn
-from dmattn_jax.nn.attend import attend
+from dmattn_jax import nn
 from dmattn_jax.partitioning import normal
 from train.experiments.ablation_layers import LAYERS
 from train.experiments.mqar_config import MQARConfig
 
 
-class ToldGateAttention(nn.DynamicMaskAttention):
+class ToldGate(nn.DynamicMaskGate):
     """A gate that knows the task: δ is larger at the values of the pairs, the odd places of the first 2n tokens."""
 
-    def __init__(self, *args: Any, pairs: int, **options: Any):
-        super().__init__(*args, **options)
-        self.pairs = pairs
+    def __init__(self, published: nn.DynamicMaskGate, pairs: int):
+        """published: the gate in whose place it stands. Its parameters stay, and are not used."""
+        self.A, self.delta, self.pairs = published.A, published.delta, pairs
 
-    def gates(self, x: Float[Array, "B T _"]) -> Float[Array, "B T K"]:
-        place = jnp.arange(x.shape[1])
+    def __call__(self, value: Float[Array, "B T K D"]) -> Float[Array, "B T K"]:
+        place = jnp.arange(value.shape[1])
         told = jnp.where((place < 2 * self.pairs) & (place % 2 == 1), 2.0, 1.0)
-        return jnp.broadcast_to(told[:, None], (*x.shape[:2], self.num_kv_heads))
-
-    def _attend(self, query, key, value, segment_ids):
-        gate = self.gates(value[..., 0])
-        return attend(dynamic_mask_attention, query, key, value, gate, segment_ids=segment_ids, windows=self.windows)
+        return jnp.broadcast_to(told[:, None], value.shape[:3])
 
 
 class RecallBlock(nnx.Module):
@@ -122,14 +115,15 @@ def _attention(config: MQARConfig, number: int, rngs: nnx.Rngs) -> Any:
         return nn.SlidingWindowAttention(*shape, window=config.window, **common)
     if config.attention == "nsa":
         return nn.NativeSparseAttention(*shape, latent_dim=dim // 4, window=config.window, **common)
-    layer: Callable[..., Any] = LAYERS.get(config.change, nn.DynamicMaskAttention)
-    if config.change == "told_gate" and number:
-        assert config.pairs is not None
-        layer = functools.partial(ToldGateAttention, pairs=config.pairs)
-    return layer(
+    layer = LAYERS.get(config.change, nn.DynamicMaskAttention)
+    attention = layer(
         *shape,
         window=config.window,
         gate_step=config.gate_step,
         gate_activation=config.gate_activation,
         **common,
     )
+    if config.change == "told_gate" and number:
+        assert config.pairs is not None
+        attention.gate = ToldGate(attention.gate, config.pairs)
+    return attention
