@@ -76,6 +76,12 @@ def _forget_compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _short_rows_have_lists(monkeypatch):
+    """The Hopper kernels leave short rows as they lie; tests of lists, which are of short rows, would be of none."""
+    monkeypatch.setattr("pallas_kernels.gpu.config.SHORT_ROW", 0)
+
+
 @pytest.fixture
 def float32_products():
     """Products of float32 that round as float32: a GPU takes TF32 where nothing is said, if it finds that faster."""

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decoding import IMPLEMENTATIONS as DECODING
-from pallas_kernels.gpu import MOSAIC_GPU, config, counting, gathers
+from pallas_kernels.gpu import MOSAIC_GPU, counting, gathers
 
 THREADS = 32
 AVAILABLE = hasattr(plgpu, "InterpretGPUParams")
@@ -69,8 +69,6 @@ def interpret(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 2) -> None
         monkeypatch.setattr(f"pallas_kernels.{room}.multiprocessors", lambda: multiprocessors)
     for entry in (MOSAIC_GPU, DECODING["mosaic_gpu"]):
         monkeypatch.setitem(entry.__dict__, "unavailable", lambda: None)
-    # All head sizes that there are kernels for, whichever devices are let through.
-    monkeypatch.setattr(config, "WIDEST", config.HEAD_SIZES[-1])
     monkeypatch.setattr(plgpu, "kernel", interpreted)
     monkeypatch.setattr(pl, "kernel", interpreted_in_place)
     monkeypatch.setattr(plgpu, "wgmma", wgmma)

@@ -325,7 +325,7 @@ def test_tuning_says_what_it_needs(capsys):
     with pytest.raises(SystemExit, match="nothing to tune here: it needs an NVIDIA Hopper GPU"):
         tune.main(tune.Options())
     for wrong, reason in (
-        ({"head_dim": 193}, "head_dim 193 has no tiles to tune: it takes head sizes up to 192"),
+        ({"head_dim": 257}, "head_dim 257 has no tiles to tune: it takes head sizes up to 256"),
         ({"length": 200}, "length must be a multiple of 128, got 200"),
         ({"heads": 5, "kv_heads": 3}, "heads must be a multiple of kv_heads, got 5 and 3"),
     ):

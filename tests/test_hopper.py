@@ -16,7 +16,14 @@ from pallas_kernels import BlockSizes, Intervals
 from pallas_kernels.gpu import MOSAIC_GPU, config, scratch, selection
 from pallas_kernels.gpu.backward_key import KeyGradientSizes, key_gradients, parts_of
 from pallas_kernels.gpu.backward_query import QueryGradientSizes, query_gradient
-from pallas_kernels.gpu.config import HEAD_SIZES, WIDEST, HopperBlockSizes, block_sizes, native_head_size, unsupported
+from pallas_kernels.gpu.config import (
+    HEAD_SIZES,
+    SHORT_ROW,
+    HopperBlockSizes,
+    block_sizes,
+    native_head_size,
+    unsupported,
+)
 from pallas_kernels.gpu.counting import MOST_KEYS, expiry_by_counting
 from pallas_kernels.gpu.device import SHARED_MEMORY
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
@@ -321,7 +328,6 @@ def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, d
     """Forward and backward, with lists and without, become CUDA programs on a machine that has no GPU."""
     # A frozen record: how it would look on a machine with a Hopper GPU.
     monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
-    monkeypatch.setattr(config, "WIDEST", HEAD_SIZES[-1])
 
     def both(query, key, value, gate, cotangent):
         attend = lambda *args: dynamic_mask_attention(*args, window=window, implementation="mosaic_gpu")  # noqa: E731
@@ -345,19 +351,28 @@ def test_epochs_are_powers_of_two():
         assert min(window, 4096) <= epoch <= max(512, 2 * window)
 
 
+@pytest.mark.parametrize(
+    ("keys", "window", "epoch"),
+    [(300, 7, 1024), (1024, 256, 1024), (1025, 256, 512), (2048, 700, 2048), (2049, 700, 1024), (4096, 2048, 2048)],
+)
+def test_short_rows_of_two_epochs_are_one(monkeypatch, keys, window, epoch):
+    monkeypatch.setattr(config, "SHORT_ROW", SHORT_ROW)
+    assert block_sizes(keys, keys, window, 128, jnp.bfloat16).epoch == epoch
+
+
 @pytest.mark.parametrize(("head_dim", "native"), [(1, 64), (64, 64), (96, 128), (129, 192), (192, 192), (250, 256)])
 def test_sizes_of_every_head_size(head_dim, native):
     """Heads are padded to the next size that there are kernels for, and every pass has tiles that fit."""
     sizes = block_sizes(4096, 4096, 512, head_dim, jnp.bfloat16)
     assert sizes.head_dim == native == native_head_size(head_dim)
-    assert (unsupported(jnp.dtype("float16"), head_dim) is None) == (head_dim <= WIDEST)
+    assert unsupported(jnp.dtype("float16"), head_dim) is None
     for each in (sizes.forward, sizes.query_gradient, sizes.key_gradient):
         assert each.scratch(jnp.float16).size <= SHARED_MEMORY
         assert sizes.granule % each.block_k == 0
 
 
 def test_sizes_that_no_kernel_has_are_refused():
-    assert "head sizes up to 192, not 193" in unsupported(jnp.dtype("bfloat16"), WIDEST + 1)
+    assert "head sizes up to 256, not 257" in unsupported(jnp.dtype("bfloat16"), HEAD_SIZES[-1] + 1)
     for make, reason in (
         (lambda: ForwardSizes(head_dim=96), "head_dim must be a multiple of 64 up to 256, got 96"),
         (lambda: ForwardSizes(head_dim=64, stages=1), "stages must be >= 2, got 1"),

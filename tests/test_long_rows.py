@@ -30,7 +30,7 @@ def check_long_rows(length: int, window: int, dim: int, implementation: str, run
     assert_close(first, want, ratio=RATIO[DTYPE], each=EACH[DTYPE])
 
 
-@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize(("length", "window"), [(1021, 1021), (4093, 4093), (4093, 509)])
 def test_every_head_size(implementation, length, window, dim):
     """Without lists and with them."""

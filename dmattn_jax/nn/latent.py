@@ -29,8 +29,8 @@ class MultiHeadLatentAttention(nnx.Module):
 
     The cache holds c and x W_r: C + D/2 numbers a token, whatever the number of heads; decoding expands it.
     Values are padded to the keys' size, so this runs through `causal_attention`: on Hopper, cuDNN takes it up to
-    D + D/2 = 256 (published: 192) and the Hopper kernels its packed rows up to 192; before Hopper cuDNN takes it up to
-    128, and the rest is portable XLA. No path holds T×T logits.
+    D + D/2 = 256 (published: 192) and the Hopper kernels its packed rows; before Hopper cuDNN takes it up to 128, and
+    the rest is portable XLA. No path holds T×T logits.
     """
 
     matrices: ClassVar[tuple[str, ...]] = ("query", "compress", "rope_key", "key", "value", "out")

@@ -150,7 +150,6 @@ def query_gradient(
                 scores = scores - lax.broadcast_in_dim(shift, shape, [0])
                 if look is not None:
                     scores = jnp.where(look(meta, shape, within), scores, -jnp.inf)
-                plgpu.barrier_arrive(meta_free.at[value_slot])
                 weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [0])
                 plgpu.barrier_wait(v_full.at[value_slot])
                 dweights = multiply(own_half(do_smem, number), v_smem.at[value_slot])
@@ -165,6 +164,8 @@ def query_gradient(
                         each[...] = load_vector(each, by_row) + dscores.sum(axis=1)
 
                 dquery = pl.run_state(add)(plgpu.ACC.init(dquery))
+                # Only now the meta data have certainly been read (`pipeline.produce`).
+                plgpu.barrier_arrive(meta_free.at[value_slot])
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dquery
 
@@ -189,8 +190,8 @@ def query_gradient(
                 at = pl.ds(base + jnp.where(number < carried, number, number + skipped) * block_k, block_k)
                 return (
                     (k_ref.at[item, at, kv_head], k_smem, k_full, k_free),
-                    (meta_ref.at[item, kv_head, :, at], meta_smem, meta_full, meta_free),
                     (v_ref.at[item, at, kv_head], v_smem, v_full, v_free),
+                    (meta_ref.at[item, kv_head, :, at], meta_smem, meta_full, meta_free),
                 )
 
             produce(0, count, copies)

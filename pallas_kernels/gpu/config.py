@@ -14,10 +14,9 @@ from pallas_kernels.gpu.tiles import BLOCK_Q, GRANULE
 
 HEAD_SIZES = (64, 128, 192, 256)
 """Head sizes the kernels are written for; others are padded with zeros to the next."""
-WIDEST = 192
-"""What is let through. At 256 the gradients of 1,021 keys without lists were wrong on an H200, by as much as rounding
-and more, and not equally in two runs, though no wait is missing; the portable path has these until that is understood.
-"""
+SHORT_ROW = 2048
+"""Keys up to which two epochs are not worth their lists: a query meets three quarters or more of the row's keys in
+them, and at 1,024 keys with a window of 256 making them takes as long as attention (on an H200, 8 kv heads)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +47,13 @@ class HopperBlockSizes(BlockSizes):
 
 def block_sizes(queries: int, keys: int, window: int, head_dim: int, dtype: jnp.dtype) -> HopperBlockSizes:
     """Epochs as long as the window or the next power of two, at least 512 and at most 4,096 queries: a list then holds
-    at most 2 rows a query beyond short windows. Tiles are as large as registers and shared memory allow: the sums of 64
-    rows of head size 256 are half of a warpgroup's registers, and its tiles of 128 keys half of the memory."""
-    del queries, keys, dtype
+    at most 2 rows a query beyond short windows. A short row of two is one, and needs no list. Tiles are as large as
+    registers and shared memory allow: the sums of 64 rows of head size 256 are half of a warpgroup's registers, and its
+    tiles of 128 keys half of the memory."""
+    del queries, dtype
     epoch = min(max(512, 1 << (window - 1).bit_length()), 4096)
+    if keys <= 2 * epoch <= SHORT_ROW:
+        epoch *= 2
     dim = native_head_size(head_dim)
     block_k = 128 if dim <= 128 else 64
     return HopperBlockSizes(
@@ -69,13 +71,13 @@ def native_head_size(head_dim: int) -> int:
 
 def limits() -> list[str]:
     """`contract.Implementation.limits`."""
-    return [f"float32, float64 and head sizes above {WIDEST} run on: xla"]
+    return [f"float32, float64 and head sizes above {HEAD_SIZES[-1]} run on: xla"]
 
 
 def unsupported(dtype: jnp.dtype, head_dim: int) -> str | None:
-    """None for half precision and head sizes up to WIDEST; else what is out of range."""
+    """None for half precision and head sizes up to 256; else what is out of range."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 or float16, not {jnp.dtype(dtype).name}"
-    if head_dim > WIDEST:
-        return f"it takes head sizes up to {WIDEST}, not {head_dim}"
+    if head_dim > HEAD_SIZES[-1]:
+        return f"it takes head sizes up to {HEAD_SIZES[-1]}, not {head_dim}"
     return None

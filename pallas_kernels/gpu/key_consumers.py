@@ -119,9 +119,9 @@ def consume_halves(program: Program, thread: Any, scale: float) -> None:
         plgpu.barrier_arrive(streams.do_free.at[slot])
         dscores = weights * (dweights - lax.broadcast_in_dim(delta, shape, [1]))
         dscores = _masked(dscores, sees)
-        plgpu.barrier_arrive(streams.stats_free.at[slot])
         dbias = dbias + dscores.sum(axis=1)
         dkey = _add_product(dkey, dscores.astype(dtype), streams.query.at[slot])
+        plgpu.barrier_arrive(streams.stats_free.at[slot])
         plgpu.barrier_arrive(streams.q_free.at[slot])
         return dkey, dvalue, dbias
 
@@ -169,7 +169,6 @@ def _weights_and_dvalue(program: Program, scale: float) -> None:
         shape = scores.shape
         plgpu.barrier_wait(streams.stats_full.at[slot])
         shift, inverse = (load_vector(streams.stats.at[slot, n], by_column) for n in range(2))
-        plgpu.barrier_arrive(streams.stats_free.at[slot])
         scores = scores * (scale * LOG2E) + lax.broadcast_in_dim(bias, shape, [0])
         scores = scores - lax.broadcast_in_dim(shift, shape, [1])
         weights = jnp.exp2(scores) * lax.broadcast_in_dim(inverse, shape, [1])
@@ -184,6 +183,7 @@ def _weights_and_dvalue(program: Program, scale: float) -> None:
         plgpu.barrier_arrive(loaded.at[_GIVEN])
         plgpu.barrier_wait(streams.do_full.at[slot])
         dvalue = _add_product(dvalue, weights.astype(dtype), streams.dout.at[slot])
+        plgpu.barrier_arrive(streams.stats_free.at[slot])
         plgpu.barrier_arrive(streams.do_free.at[slot])
         return dvalue
 
@@ -219,7 +219,6 @@ def _dkey_and_dbias(program: Program, scale: float) -> None:
         shape = dweights.shape
         plgpu.barrier_wait(streams.stats_full.at[slot])
         delta = load_vector(streams.stats.at[slot, 2], by_column)
-        plgpu.barrier_arrive(streams.stats_free.at[slot])
         plgpu.barrier_wait(loaded.at[_GIVEN])
         weights = load_as(passage, plgpu.Layout.WGMMA)
         plgpu.barrier_arrive(loaded.at[_TAKEN])
@@ -228,6 +227,7 @@ def _dkey_and_dbias(program: Program, scale: float) -> None:
         dbias = dbias + dscores.sum(axis=1)
         plgpu.barrier_wait(streams.q_full.at[slot])
         dkey = _add_product(dkey, dscores.astype(dtype), streams.query.at[slot])
+        plgpu.barrier_arrive(streams.stats_free.at[slot])
         plgpu.barrier_arrive(streams.q_free.at[slot])
         return dkey, dbias
 

@@ -25,7 +25,7 @@ def forward(
     scale: float,
     blocks: BlockSizes,
 ) -> tuple[Float[Array, "B T H D"], Normalizer]:
-    """`contract.Forward` for half precision and the head sizes of `config.unsupported`."""
+    """`contract.Forward` for half precision and head sizes up to 256."""
     assert isinstance(blocks, HopperBlockSizes)
     queries, dim = query.shape[1], query.shape[3]
     query = _pad(query, blocks)

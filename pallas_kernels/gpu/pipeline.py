@@ -73,6 +73,10 @@ def produce(
 
     copies(step): (source in global memory, shared memory [stages, …], its barriers of arrival, its barriers of
     release) of everything that a step brings. done: steps that went through the same slots before.
+
+    Memory from which consumers load registers may be released once a product of what was loaded has ended, not before:
+    an arrival at a barrier does not wait for the warp's loads, and while products of another warpgroup keep shared
+    memory busy, TMA can overwrite what is still to be read. (Seen in a quarter of all runs at head size 256.)
     """
 
     @pl.loop(first, count)

@@ -77,7 +77,6 @@ def attend_tiles(
         plgpu.barrier_arrive(slots.key_free.at[slot])
         plgpu.barrier_wait(slots.meta_full.at[slot])
         scores = logits(scores, slot)
-        plgpu.barrier_arrive(slots.meta_free.at[slot])
         new = jnp.maximum(shift, scores.max(axis=1))
         rescale = jnp.exp2(shift - new)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(new, scores.shape, [0]))
@@ -98,6 +97,8 @@ def attend_tiles(
                 plgpu.barrier_wait(slots.key_full.at[slot_of(following)])
 
         weighted = pl.run_state(add_values)(plgpu.ACC.init(weighted))
+        # What the weights were made of has certainly been read now, and not before (`pipeline.produce`).
+        plgpu.barrier_arrive(slots.meta_free.at[slot])
         plgpu.barrier_arrive(slots.value_free.at[slot])
         return weighted, new, total
 
