@@ -149,11 +149,8 @@ class Bench:
         else:
             function = query_gradient if name == "query_gradient" else key_gradients
             kernel, arguments = partial(function, **fixed), [self.query, self.dout, self.stats, self.rows]
-        if name == "key_gradient":
-            visits = key_walks(self.rows, sizes.block_k, sizes.block_q)
-        else:
-            visits = query_runs(self.rows, self.options.length, sizes.block_k)
-        arguments.append(visits)
+        visits = key_walks if name == "key_gradient" else query_runs
+        arguments.append(visits(self.rows, sizes.block_k))
         return device_clock.measure([(jax.jit(kernel).lower(*arguments).compile(), arguments)], self.options.repeats)[0]
 
 

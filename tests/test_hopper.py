@@ -13,7 +13,7 @@ from dmattn_jax.documents import document_bounds
 from dmattn_jax.layout import lay_out
 from dmattn_jax.selection import choose_keys
 from pallas_kernels import BlockSizes, Intervals
-from pallas_kernels.gpu import MOSAIC_GPU, config, scratch, selection
+from pallas_kernels.gpu import MOSAIC_GPU, config, scratch, selection, tiles
 from pallas_kernels.gpu.backward_key import KeyGradientSizes, key_gradients, parts_of
 from pallas_kernels.gpu.backward_query import QueryGradientSizes, query_gradient
 from pallas_kernels.gpu.config import (
@@ -30,7 +30,16 @@ from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import ForwardSizes, attend
 from pallas_kernels.gpu.list_rows import listed_rows
 from pallas_kernels.gpu.ranked import nth_set_bit, set_bits
-from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, gather_rows, key_walks, query_runs
+from pallas_kernels.gpu.tiles import (
+    BLOCK_Q,
+    LOG2E,
+    Rows,
+    gather_rows,
+    key_walks,
+    query_runs,
+    visits_of_keys,
+    visits_of_queries,
+)
 
 BATCH, HEADS = 2, 3
 
@@ -230,12 +239,31 @@ def test_rows_come_in_whole_programs():
             listed_rows(changed[0], changed[0], changed[1], granule)
 
 
+def visited(rows, block_k):
+    """What the kernels make of `query_runs`, [B, K, 4, tiles]."""
+    numbers = jnp.moveaxis(query_runs(rows, block_k), 2, 0)
+    return jnp.stack(jnp.broadcast_arrays(*visits_of_queries(rows, block_k, numbers)), axis=2)
+
+
+def walked(rows, block_k, block_q):
+    """What the kernels make of `key_walks`, [B, K, 4, tiles]."""
+    return jnp.stack(visits_of_keys(rows, block_q, jnp.moveaxis(key_walks(rows, block_k), 2, 0)), axis=2)
+
+
 @pytest.mark.parametrize(
-    ("length", "queries", "windows", "epoch"),
-    [(677, 677, (700, 701), 512), (677, 331, (700, 701), 512), (677, 331, (197, 300), 128)],
+    ("length", "queries", "windows", "epoch", "key_by_key"),
+    [
+        (677, 677, (700, 701), 512, 768),
+        (677, 331, (700, 701), 512, 768),
+        (677, 331, (700, 701), 512, 767),
+        (677, 331, (197, 300), 128, 768),
+    ],
 )
-def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length, queries, windows, epoch):
-    """Every pair of tiles, against the intervals themselves; without lists and with."""
+def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(
+    monkeypatch, length, queries, windows, epoch, key_by_key
+):
+    """Every pair of tiles, against the intervals themselves; without lists, key by key and by tiles, and with lists."""
+    monkeypatch.setattr(tiles, "KEY_BY_KEY", key_by_key)
     block_q, heads = 64, len(windows)
 
     @jax.jit
@@ -248,7 +276,7 @@ def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length,
         rows = gather_rows(key, key, gate, intervals, queries=queries)
 
         def of(rows):
-            return [(query_runs(rows, queries, size), key_walks(rows, size, block_q)) for size in (64, 128)]
+            return [(visited(rows, size), walked(rows, size, block_q)) for size in (64, 128)]
 
         return rows, of(rows), of(dataclasses.replace(rows, offset=None))
 
@@ -267,7 +295,7 @@ def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length,
             start, end = (np.asarray(rows.meta[:, :, n]).reshape(shape) for n in (1, 2))
             position = np.arange(rows.epoch_size)
             sees, alive = (start <= position) & (position < end), position < end
-            tiles, whole_runs, all_begun = sees.shape[3], 0, 0
+            per_epoch, whole_runs, all_begun = sees.shape[3], 0, 0
             for b, k, tile in np.ndindex(BATCH, heads, -(-queries // BLOCK_Q)):
                 own_epoch, first = divmod(tile * BLOCK_Q, rows.epoch_size)
                 mine = slice(first, first + BLOCK_Q)
@@ -286,7 +314,7 @@ def test_tiles_that_meet_are_visited_and_those_called_whole_need_no_mask(length,
             by_tile, alive_by_tile = (each.reshape(*each.shape[:5], -1, block_q) for each in (sees, alive))
             meets, wholly = by_tile.any((-1, -3)), by_tile.all((-1, -3))
             for at in np.ndindex(*meets.shape[:4]):
-                first, lead, whole, count = walks[at[0], at[1], :, at[2] * tiles + at[3]].tolist()
+                first, lead, whole, count = walks[at[0], at[1], :, at[2] * per_epoch + at[3]].tolist()
                 assert set(np.flatnonzero(meets[at])) <= set(range(first, first + count))
                 assert wholly[at][first + lead : first + lead + whole].all()
                 assert 0 <= lead <= lead + whole <= count
@@ -305,11 +333,11 @@ def test_bounds_that_tracing_knows_are_those_that_are_sought(length, queries):
     sought = dataclasses.replace(rows, offset=None, filled=None)
     for size in (64, 128):
         assert all(isinstance(bound, np.ndarray) for bound in (*rows.starts(size), *rows.ends(size)))
-        np.testing.assert_array_equal(query_runs(rows, queries, size), query_runs(sought, queries, size))
-        walks, walks_sought = (np.asarray(key_walks(each, size, 64)) for each in (rows, sought))
+        np.testing.assert_array_equal(visited(rows, size), visited(sought, size))
+        walks, walks_sought = (walked(each, size, 64) for each in (rows, sought))
         np.testing.assert_array_equal(walks[:, :, 2:], walks_sought[:, :, 2:])
-        visited = walks[:, :, 3] > 0
-        np.testing.assert_array_equal(walks[:, :, 0][visited], walks_sought[:, :, 0][visited])
+        some = walks[:, :, 3] > 0
+        np.testing.assert_array_equal(walks[:, :, 0][some], walks_sought[:, :, 0][some])
 
 
 @pytest.mark.usefixtures("only_signed_integers")

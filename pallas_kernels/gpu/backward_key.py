@@ -23,7 +23,7 @@ from pallas_kernels.gpu.device import multiprocessors
 from pallas_kernels.gpu.key_consumers import Part, Program, Steps, Streams, consume_halves, consume_products
 from pallas_kernels.gpu.pipeline import produce
 from pallas_kernels.gpu.scratch import HALF_TILE, SINGLE_TILE, PassSizes, Scratch, warp_specialized
-from pallas_kernels.gpu.tiles import Rows
+from pallas_kernels.gpu.tiles import Rows, visits_of_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def key_gradients(
     dout: Float[Array, "B T H D"],
     stats: Float[Array, "B H 3 T"],
     rows: Rows,
-    walks: Int32[Array, "B K 4 tiles"],
+    walks: Int32[Array, "B K 4 _"],
     *,
     scale: float,
     sizes: KeyGradientSizes,
@@ -118,7 +118,8 @@ def key_gradients(
         kv_head = lax.div(line, jnp.int32(parts))
         thread = lax.axis_index("thread")
         epoch_first = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.epoch_size
-        first_tile, lead, whole, count = (walks_ref[item, kv_head, n, tile] for n in range(4))
+        numbers = (walks_ref[item, kv_head, n, tile] for n in range(4))
+        first_tile, lead, whole, count = visits_of_keys(rows, block_q, numbers)
         # First the query tiles that see the keys whole, of all heads, last those that have queries before the keys.
         walk, steps = [], jnp.int32(0)
         for tiles_before, tiles in ((lead, whole), (lead + whole, count - lead - whole), (0, lead)):

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.gpu.masks import BIAS, of_keys, visible
 from pallas_kernels.gpu.pipeline import load_vector, produce
 from pallas_kernels.gpu.scratch import HALF_TILE, PassSizes, Scratch, warp_specialized
-from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile
+from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile, visits_of_queries
 
 HALF = BLOCK_Q // 2
 
@@ -76,7 +76,7 @@ def query_gradient(
     dout: Float[Array, "B T H D"],
     stats: Float[Array, "B H 3 T"],
     rows: Rows,
-    runs: Int32[Array, "B K 4 tiles"],
+    runs: Int32[Array, "B K 3 _"],
     *,
     scale: float,
     sizes: QueryGradientSizes,
@@ -102,7 +102,8 @@ def query_gradient(
         thread = lax.axis_index("thread")
         kv_head = lax.div(head, jnp.int32(group))
         base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
-        whole, carried, skipped, count = (runs_ref[item, kv_head, n, tile] for n in range(4))
+        numbers = (runs_ref[item, kv_head, n, tile] for n in range(3))
+        whole, carried, skipped, count = visits_of_queries(rows, block_k, numbers)
         begun = rows.begun_tiles(block_k, whole, carried, count)
 
         @pl.when(thread < 2)

@@ -26,7 +26,7 @@ from pallas_kernels.gpu.masks import BIAS, of_keys, visible
 from pallas_kernels.gpu.pipeline import Pieces, produce
 from pallas_kernels.gpu.scratch import HALF_TILE, PassSizes, Scratch, warp_specialized
 from pallas_kernels.gpu.softmax import Slots, attend_tiles, normalised
-from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile
+from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile, visits_of_queries
 
 HALF = BLOCK_Q // 2
 
@@ -67,7 +67,7 @@ class ForwardSizes(PassSizes):
 def attend(
     query: Float[Array, "B T H D"],
     rows: Rows,
-    runs: Int32[Array, "B K 4 tiles"],
+    runs: Int32[Array, "B K 3 _"],
     *,
     scale: float,
     sizes: ForwardSizes,
@@ -89,7 +89,8 @@ def attend(
 
         def runs_of(item, head, tile):
             kv_head = lax.div(head, jnp.int32(group))
-            return [kv_head, *(runs_ref[item, kv_head, n, tile] for n in range(4))]
+            numbers = (runs_ref[item, kv_head, n, tile] for n in range(3))
+            return [kv_head, *visits_of_queries(rows, block_k, numbers)]
 
         def consume(piece, done, item, head, tile):
             _, whole, carried, _, count = runs_of(item, head, tile)

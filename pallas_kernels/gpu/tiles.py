@@ -7,6 +7,7 @@ of any length, and exact to 2^24 in the identity layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import EpochLists, Intervals
 from pallas_kernels.gpu.gathers import gathered_lines
@@ -27,9 +28,11 @@ BLOCK_Q = 128
 """Queries of a tile: a warpgroup's matrix product has 64 rows, and two of them share a tile."""
 GRANULE = 128
 """Slots that the parts of a list are multiples of: the most keys of a tile."""
+KEY_BY_KEY = 2048
+"""Keys of a row up to which `query_runs` looks at each of them for each tile of queries."""
 
 
-Bounds = Float[Array, "B K E tiles"] | Float[np.ndarray, "tiles"]
+Bounds = Int32[Array, "B K E tiles"] | Int32[np.ndarray, "tiles"]
 """Of tiles of rows; numbers where the compiler can know them, one for all heads."""
 
 
@@ -70,7 +73,7 @@ class Rows:
         """The earliest and the latest first position of each tile of `size` rows; numbers where they are known."""
         if self.offset is None:
             return self._bounds(1, size)
-        first = size * np.arange(self.capacity // size, dtype=np.float32) - self.offset
+        first = size * np.arange(self.capacity // size, dtype=np.int32) - np.int32(self.offset)
         return first, first + (size - 1)
 
     def ends(self, size: int) -> tuple[Bounds, Bounds]:
@@ -78,13 +81,22 @@ class Rows:
         if self.offset is None or self.filled is None:
             return self._bounds(2, size)
         first = size * np.arange(self.capacity // size)
-        never, end = np.float32(-1), np.float32(self.filled - self.offset)
+        never, end = np.int32(-1), np.int32(self.filled - self.offset)
         return np.where(first + size <= self.filled, end, never), np.where(first < self.filled, end, never)
 
-    def _bounds(self, which: int, size: int) -> tuple[jax.Array, jax.Array]:
-        part = self.meta[:, :, which]
-        part = part.reshape(*part.shape[:2], self.epochs, self.capacity // size, size)
-        return part.min(-1), part.max(-1)
+    def extremes(self, size: int) -> Int32[Array, "B K 2 2 E tiles"]:
+        """The negative of the earliest, and the latest start and end of each tile of `size` rows: one maximum."""
+        places = self.meta[:, :, None, 1:].reshape(*self.meta.shape[:2], 1, 2, self.epochs, self.capacity // size, size)
+        signs = np.array([-1, 1], np.int32)[:, None, None, None, None]
+        return (places.astype(jnp.int32) * signs).max(-1)
+
+    def _bounds(self, which: int, size: int) -> tuple[Bounds, Bounds]:
+        if size == 1:
+            each = self.meta[:, :, which].astype(jnp.int32)
+            each = each.reshape(*self.meta.shape[:2], self.epochs, self.capacity)
+            return each, each
+        extremes = self.extremes(size)[:, :, :, which - 1]
+        return -extremes[:, :, 0], extremes[:, :, 1]
 
 
 jax.tree_util.register_dataclass(
@@ -175,47 +187,75 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
     return Rows(key, value, meta, epochs, capacity, lists.carried, size, own_starts=intervals.starts_at_key)
 
 
-def query_runs(rows: Rows, queries: int, block_k: int) -> Int32[Array, "B K 4 tiles"]:
-    """Which tiles of block_k keys each tile of queries visits, as four numbers: tiles that all its queries see whole
-    (visited first), tiles visited of the list's first part, tiles skipped after those, tiles visited in all.
+def query_runs(rows: Rows, block_k: int) -> Int32[Array, "B K 3 _"]:
+    """Which tiles of block_k keys each tile of queries visits, in three numbers that `visits_of_queries` reads.
 
-    Keys carried into an epoch stand in order of falling expiry and entering ones in order of position, so both
-    parts are visited from their first tile on. The identity layout has one part, which may begin late (packed
+    Keys carried into an epoch stand in order of falling expiry and entering ones in order of position, so both parts of
+    a list are visited from their first tile on. The identity layout has one part, which may begin late (packed
     documents) and counts whole tiles only from the row's very start.
+
+    All are maxima of one array, and so one program of the compiler's makes them.
     """
-    tiles, split = padded_length(queries) // BLOCK_Q, rows.carried // block_k
-    first = BLOCK_Q * np.arange(rows.epoch_size // BLOCK_Q, dtype=np.int32)
-    last = first + (BLOCK_Q - 1)
-    # Tiles of queries before tiles of keys.
-    first_query, last_query = (place.astype(np.float32)[:, None] for place in (first, last))
-    earliest_end, latest_end = (end[..., None, :] for end in rows.ends(block_k))
-    earliest_start, latest_start = (start[..., None, :] for start in rows.starts(block_k))
+    split = rows.carried // block_k
+    first_query = BLOCK_Q * np.arange(rows.epoch_size // BLOCK_Q, dtype=np.int32)[:, None]
+    last_query = first_query + (BLOCK_Q - 1)
+    # Of short rows key by key, so that nothing waits for the bounds of tiles.
+    known = isinstance(rows.ends(block_k)[0], np.ndarray)
+    size = 1 if not split and not known and rows.capacity <= KEY_BY_KEY else block_k
+    tile = np.arange(rows.capacity // size, dtype=np.int32) * size // block_k
+    tiles = np.int32(rows.capacity // block_k)
+    (earliest_start, latest_start), (earliest_end, latest_end) = (
+        # [B, K, the three numbers, E, tiles of queries, tiles of keys]
+        [bound if isinstance(bound, np.ndarray) else bound[:, :, None, :, None, :] for bound in bounds(size)]
+        for bounds in (rows.starts, rows.ends)
+    )
+    numbers: tuple[tuple[Any, Any, Any], ...]
     if split:
-        whole = _before_first(earliest_end[..., :split] <= last_query)
-        carried = _after_last(latest_end[..., :split] > first_query)
-        skipped = split - carried
-        visited = carried + _after_last(earliest_start[..., split:] <= last_query)
+        carried = tile < split
+        numbers = (
+            (carried & (earliest_end <= last_query), tiles - tile, tiles - split),
+            (carried & (latest_end > first_query), tile + 1, 0),
+            (~carried & (earliest_start <= last_query), tile + 1, split),
+        )
     else:
-        skipped = _before_first(latest_end > first_query)
-        begun, alive = _after_last(earliest_start <= last_query), _after_last(latest_end > first_query)
-        use = _namespace(begun, alive, skipped)
-        visited = use.maximum(use.minimum(begun, alive) - skipped, 0)
-        carried = use.zeros_like(visited)
-        wholly = use.minimum(_before_first(latest_start > first_query), _before_first(earliest_end <= last_query))
-        whole = use.where(skipped == 0, use.minimum(wholly, visited), 0)
-    return _of_every_head(rows, whole, carried, skipped, visited)[..., :tiles]
+        seen = (latest_end > first_query) & (earliest_start <= last_query)
+        in_part = (latest_start > first_query) | (earliest_end <= last_query)
+        numbers = ((in_part, tiles - tile, 0), (seen, tiles - tile, 0), (seen, tile + 1, 0))
+    use = _namespace(*(found for found, *_ in numbers))
+    whole, second, until = (use.where(found, number, np.int32(otherwise)) for found, number, otherwise in numbers)
+    which = np.arange(3)[:, None, None, None]
+    return _of_every_head(rows, use.where(which == 0, whole, use.where(which == 1, second, until)).max(-1))
 
 
-def _before_first(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
-    """How many tiles stand before the first that is found."""
-    number = np.arange(found.shape[-1], dtype=np.int32)
-    return _namespace(found).where(found, number, np.int32(found.shape[-1])).min(-1)
+def visits_of_queries(rows: Rows, block_k: int, numbers: Iterable[Any]) -> tuple[Any, Any, Any, Any]:
+    """Of a tile of queries, by its numbers of `query_runs`: tiles that all its queries see whole (visited first), tiles
+    visited of the list's first part, tiles skipped after those, tiles visited in all."""
+    tiles, split = rows.capacity // block_k, rows.carried // block_k
+    after_whole, second, until = numbers
+    carried, skipped = (second, split - second) if split else (0, tiles - second)
+    return tiles - after_whole, carried, skipped, jnp.maximum(until - skipped, 0)
 
 
-def _after_last(found: Bool[Array | np.ndarray, "*n tiles"]) -> Int32[Array | np.ndarray, "*n"]:
-    """How many tiles it takes from the first on to have all that are found."""
-    number = np.arange(1, found.shape[-1] + 1, dtype=np.int32)
-    return _namespace(found).where(found, number, np.int32(0)).max(-1)
+def key_walks(rows: Rows, block_k: int) -> Int32[Array, "B K 4 _"]:
+    """When the keys of each tile begin and end to be seen, in positions of the epoch, for `visits_of_keys`: the
+    earliest start and end, both negative, and the latest."""
+    bounds = [bound for pair in zip(rows.starts(block_k), rows.ends(block_k), strict=True) for bound in pair]
+    if not all(isinstance(bound, np.ndarray) for bound in bounds):
+        return rows.extremes(block_k).reshape(*rows.meta.shape[:2], 4, -1)
+    return _of_every_head(rows, np.stack([-bounds[0], -bounds[1], bounds[2], bounds[3]])[:, None])
+
+
+def visits_of_keys(rows: Rows, block_q: int, numbers: Iterable[Any]) -> tuple[Any, Any, Any, Any]:
+    """Of a tile of keys, by its numbers of `key_walks`: which tiles of block_q queries of its epoch it visits, as the
+    first, how many before those of which no query is before a key, how many of these see it whole, how many in all."""
+    first_start, first_end, last_start, last_end = (
+        jnp.clip(sign * number, 0, rows.epoch_size) for sign, number in zip((-1, -1, 1, 1), numbers, strict=True)
+    )
+    size = jnp.int32(block_q)
+    first, outlives = lax.div(first_start, size), lax.div(first_end, size)
+    begun, until = (lax.div(place + (size - 1), size) for place in (last_start, last_end))
+    visited = jnp.maximum(until - first, 0)
+    return first, jnp.minimum(begun - first, visited), jnp.maximum(outlives - begun, 0), visited
 
 
 def _namespace(*arrays: Array | np.ndarray) -> ModuleType:
@@ -223,23 +263,9 @@ def _namespace(*arrays: Array | np.ndarray) -> ModuleType:
     return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
 
 
-def _of_every_head(rows: Rows, *counts: Int32[Array | np.ndarray, "*n"]) -> Int32[Array, "B K 4 tiles"]:
-    """Four counts of each tile together, [tiles] or [B, K, E, tiles of one epoch]."""
-    use = _namespace(*counts)
-    shape = (rows.key.shape[0], rows.key.shape[2], rows.epochs, counts[0].shape[-1])
-    together = use.stack([use.broadcast_to(count, shape) for count in counts], axis=2)
-    return jnp.asarray(together.reshape(*shape[:2], len(counts), -1), jnp.int32)
-
-
-def key_walks(rows: Rows, block_k: int, block_q: int) -> Int32[Array, "B K 4 tiles"]:
-    """Which tiles of block_q queries of its epoch each tile of keys visits: the first, how many before those of which
-    no query is before a key, how many of these see it whole, how many in all."""
-    bounds = (*rows.starts(block_k), *rows.ends(block_k))
-    use = _namespace(*bounds)
-    earliest_start, latest_start = (use.maximum(start, 0) for start in bounds[:2])
-    earliest_end, latest_end = (use.clip(end, 0, rows.epoch_size) for end in bounds[2:])
-    first, until = use.floor(earliest_start / block_q), use.ceil(latest_end / block_q)
-    visited = use.maximum(until - first, 0)
-    begun, outlives = use.ceil(latest_start / block_q), use.floor(earliest_end / block_q)
-    whole = use.maximum(outlives - begun, 0)
-    return _of_every_head(rows, first, use.minimum(begun - first, visited), whole, visited)
+def _of_every_head(rows: Rows, numbers: Array | np.ndarray) -> Int32[Array, "B K n tiles"]:
+    """Numbers of each tile together, given as [n, E, tiles of one epoch] or with all heads."""
+    shape = (rows.key.shape[0], rows.key.shape[2], *numbers.shape[-3:])
+    numbers = _namespace(numbers).broadcast_to(numbers, shape).reshape(*shape[:3], -1)
+    # Written out, a constant takes no program that spreads it.
+    return jnp.asarray(np.ascontiguousarray(numbers) if isinstance(numbers, np.ndarray) else numbers, jnp.int32)
