@@ -29,7 +29,10 @@ Look = Callable[[Any, tuple[int, ...]], Any]
 
 
 class Streams(NamedTuple):
-    """Query tiles in flight [stages, block_q, D], their statistics, and the barriers of arrival and release."""
+    """Query tiles in flight [stages, block_q, D], their statistics, and the barriers of arrival and release.
+
+    Statistics go to registers, so they are released after the product that needs them (`pipeline.produce`).
+    """
 
     query: Any
     dout: Any

@@ -61,7 +61,7 @@ class Rows:
 
     def begun_tiles(self, size: int, whole: Any, carried: Any, visited: Any) -> Any:
         """Up to which of the tiles of `size` rows that a tile of queries visits no key begins after its first query,
-        with the numbers of `query_runs`. Those that may hold others, of the list's second part, are visited last."""
+        with the counts of `visits_of_queries`. Those that may hold others, of a list's second part, come last."""
         if not self.own_starts:
             return jnp.maximum(whole, carried)
         # Keys of BLOCK_Q − 1 positions, which stand in as many rows at most.
