@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ less, is then little beside it."""
 class Options:
     """What to measure.
 
-    lengths, windows: measured in pairs. heads, kv_heads, head_dim: Table 5 of the DMA paper by default. gates: all of
-    them where `gates_at` stands first among the lengths, elsewhere the first alone.
+    lengths, windows: measured in pairs. batch: rows at once; what is published has 1, training on short rows many.
+    heads, kv_heads, head_dim: Table 5 of the DMA paper by default. gates: all of them where `gates_at` stands first
+    among the lengths, elsewhere the first alone.
     """
 
     lengths: tuple[int, ...] = (1024, 1024, 2048, *[8192] * 4, *[32768] * 3, *[131072] * 3, 1 << 20)
     windows: tuple[int, ...] = (1024, 256, 1024, 1024, 256, 2048, 8192, 1024, 256, 2048, 2048, 256, 1024, 2048)
+    batch: int = 1
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
@@ -60,7 +62,7 @@ class Options:
     """A run whose gates `--gates … trained` measures."""
     dtype: str = "bfloat16"
     torch: bool = True
-    """FlashAttention-2 and FlexAttention too, where torch is installed."""
+    """FlashAttention-2 and FlexAttention too, where torch is installed and the batch is 1."""
     repeats: int = 9
     output: Path | None = None
 
@@ -84,11 +86,11 @@ class Row:
 
 
 def make_inputs(options: Options, length: int, gate: str) -> list[jax.Array]:
-    """query, key, value, gate and a cotangent of batch 1."""
+    """query, key, value, gate and a cotangent."""
     keys = jax.random.split(jax.random.key(length), 5)
-    shape = (1, length, options.heads, options.head_dim)
-    kv_shape = (1, length, options.kv_heads, options.head_dim)
-    scores = make_gates(gate, length, options.kv_heads, options.checkpoint)
+    shape = (options.batch, length, options.heads, options.head_dim)
+    kv_shape = (options.batch, length, options.kv_heads, options.head_dim)
+    scores = make_gates(gate, length, options.kv_heads, options.checkpoint, options.batch)
     arrays = [
         jax.random.normal(key, s, options.dtype) for key, s in zip(keys, (shape, kv_shape, kv_shape), strict=False)
     ]
@@ -114,11 +116,11 @@ def peers(window: int) -> dict[str, Callable[..., jax.Array]]:
 
 
 def check(options: Options) -> dict[str, float]:
-    """RMS error over RMS of the truth of every implementation at 1,021 tokens, by lists and by a window that hides
-    nothing; raises beyond the dtype's bar."""
+    """RMS error over RMS of the truth of every implementation in a row of 1,021 tokens, by lists and by a window that
+    hides nothing; raises beyond the dtype's bar."""
     length = 1021
     bar = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}[options.dtype]
-    query, key, value, gate, cotangent = make_inputs(options, length, "random")
+    query, key, value, gate, cotangent = make_inputs(replace(options, batch=1), length, "random")
     errors: dict[str, float] = {}
     with jax.enable_x64(True):
         *exact, pulled = (jnp.asarray(np.asarray(a, np.float64)) for a in (query, key, value, gate, cotangent))
@@ -153,7 +155,7 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
 
     def keep(row: Row, dense: bool) -> None:
         if row.what != "select + layout":
-            pairs = visible_pairs(length, None if dense else window) * options.heads
+            pairs = visible_pairs(length, None if dense else window) * options.batch * options.heads
             work = pairs * options.head_dim * (4 if row.direction == "forward" else 14)
             row.share_of_matmul = work / (row.median * 1e-3) / ceiling
         rows.append(row)
@@ -179,7 +181,7 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
             return out, pull(cotangent)
 
         work += [(name, "forward", attend, slice(4)), (name, "both", both, slice(5))]
-    copies = max(1, TOKENS_OF_A_PROGRAM // length)
+    copies = max(1, TOKENS_OF_A_PROGRAM // (options.batch * length))
     sets = [inputs, *([jnp.array(array) for array in inputs] for _ in range(copies - 1))]
     arguments = [[array for each in sets for array in each[taken]] for *_, taken in work]
     lowered = [jax.jit(in_a_row(entry[2], copies)).lower(*taken) for entry, taken in zip(work, arguments, strict=True)]
@@ -191,7 +193,7 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
         temporary = program.memory_analysis().temp_size_in_bytes
         times = [time / copies for time in times]
         keep(Row(length, window, gate, what, direction, times, temporary), dense=what == "cudnn dense")
-    if options.torch and torch_peers.available() and dense and length <= options.gates_at:
+    if options.torch and options.batch == 1 and torch_peers.available() and dense and length <= options.gates_at:
         shape = (length, options.heads, options.kv_heads, options.head_dim)
         expiry = np.asarray(jax.jit(select_keys, static_argnums=1)(inputs[3], window))[0]
         try:
@@ -224,7 +226,7 @@ def in_a_row(function: Callable[..., Any], copies: int) -> Callable[..., list[An
 
 def prepare(implementation: Implementation, window: int, head_dim: int, gate: jax.Array) -> Intervals:
     """Lifetimes and lists as attention makes them, without the attention."""
-    _, length, kv_heads = gate.shape
+    length, kv_heads = gate.shape[1:]
     ranked = jnp.moveaxis(gate, 2, 1)
     blocks = implementation.block_sizes(length, length, window, head_dim, jnp.bfloat16)
     return choose_intervals(ranked, (window,) * kv_heads, None, length, implementation, blocks)

@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """target: the picture, a PNG. sources: the measurements, of the same heads. windows: only these; all if empty.
 
-    Raises: ValueError where records are of different heads, types or devices.
+    Raises: ValueError where records are of different heads, batches, types or devices.
     """
     draw([json.loads(source.read_text()) for source in sources], target, windows)
 
@@ -78,7 +78,8 @@ def draw(records: Sequence[dict[str, Any]], target: Path, windows: Sequence[int]
 
 def _of_what(record: dict[str, Any]) -> str:
     heads = "{heads} query heads, {kv_heads} kv heads, d {head_dim}, {dtype}".format(**record["options"])
-    return f"{record['device']}: {heads}"
+    batch = record["options"].get("batch", 1)
+    return f"{record['device']}: {heads}" + (f", batch {batch}" if batch > 1 else "")
 
 
 def decorate(axes: Any, title: str, lengths: Sequence[int]) -> None:

@@ -237,8 +237,9 @@ def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
     options = content["options"]
     said = (
         f"On {content['device']}, JAX {content['jax']}: {options['heads']} query and {options['kv_heads']} kv heads of "
-        f"{options['head_dim']}, {options['dtype']}, batch 1. Milliseconds from gate to output, selection included; "
-        f"medians of {options['repeats']}, and the range of a ratio over all pairs of repeats. MiB: temporary memory. "
+        f"{options['head_dim']}, {options['dtype']}, batch {options.get('batch', 1)}. Milliseconds from gate "
+        f"to output, selection included; medians of {options['repeats']}, and the range of a ratio over all pairs of "
+        "repeats. MiB: temporary memory. "
         f"A matrix product of 8,192³ reaches {content['matrix_product_flops'] / 1e12:.0f} TFLOP/s in the same run."
     )
     said += _note(content)

@@ -87,7 +87,11 @@ def interpret_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     def cuda(*operands: Any, cuda: Any, default: Any) -> Any:
         return cuda(*operands)
 
+    def write(target: Any, values: Any, *places: Any) -> None:
+        target[...] = target[...].at[places].set(values)
+
     monkeypatch.setattr(plgpu, "kernel", interpreted)
     for room in (gathers, counting):
         monkeypatch.setattr(room, "read", lambda source, *places: source[...][places])
+    monkeypatch.setattr(counting, "write", write)
     monkeypatch.setattr(gathers.lax, "platform_dependent", cuda)

@@ -213,7 +213,7 @@ def iota(shape: tuple[int, ...], axis: int) -> Int32[Array, "*n"]:
 
 
 def read(source: Any, *places: Int32[Array, "*n"]) -> Num[Array, "*n"]:
-    """Inside a kernel: the entries of an array in global memory, each thread its own."""
+    """Inside a kernel: the entries of an array in global or shared memory, each thread its own."""
     shape = places[0].shape
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
 
@@ -225,15 +225,26 @@ def read(source: Any, *places: Int32[Array, "*n"]) -> Num[Array, "*n"]:
         element = ir.VectorType.get((1,), ir.MemRefType(memory.type).element_type)
         registers = np.empty_like(places[0].registers)
         for number in np.ndindex(registers.shape):
-            indices = [
-                arith.index_cast(
-                    ir.IndexType.get(),
-                    vector.extract(place.registers[number], dynamic_position=[], static_position=[0]),
-                )
-                for place in places
-            ]
-            registers[number] = vector.load(element, memory, indices)
+            registers[number] = vector.load(element, memory, _indices(places, number))
         signed = True if jnp.issubdtype(source.dtype, jnp.integer) else None
         return mgpu.FragmentedArray(_registers=registers, _layout=places[0].layout, _is_signed=signed)
 
     return load(source, *places)
+
+
+def write(target: Any, values: Num[Array, "*n"], *places: Int32[Array, "*n"]) -> None:
+    """Inside a kernel: puts each thread's own values to places of an array that no other thread gives another value."""
+    layout = plgpu.Layout.WG_STRIDED(values.shape, vec_size=1)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *([layout] * (1 + len(places)))))
+    def store(_, memory, values, *places):
+        for number in np.ndindex(values.registers.shape):
+            vector.store(values.registers[number], memory, _indices(places, number))
+
+    store(target, values, *places)
+
+
+def _indices(places: Sequence[mgpu.FragmentedArray], number: tuple[int, ...]) -> list[Any]:
+    """One register of each axis's places, as indices of a memory reference."""
+    taken = (vector.extract(p.registers[number], dynamic_position=[], static_position=[0]) for p in places)
+    return [arith.index_cast(ir.IndexType.get(), place) for place in taken]
