@@ -63,6 +63,20 @@ def test_kernels_without_races_under_the_interpreter(monkeypatch, name):
         assert rms_ratio(got[4], want[4]) <= 1e-5
 
 
+@pytest.mark.parametrize(("dim", "multiprocessors"), [(64, 1), (64, 2)] if AVAILABLE else ())
+def test_pieces_without_keys_between_others_under_the_interpreter(monkeypatch, dim, multiprocessors):
+    """Of three rows the second is padding, and so is all but the end of the third: of their pieces some visit no key,
+    one or several in a row, before others and behind them."""
+    case = rounded(make_case(batch=3, keys=601, kv_heads=1, dim=dim, window=20), "bfloat16")
+    ids = np.ones((3, 601), np.int32)
+    ids[1], ids[2, :540] = 0, 0
+    case = replace(case, segment_ids=ids)
+    interpret(monkeypatch, multiprocessors)
+    got, want = run(case, "bfloat16", implementation="mosaic_gpu"), truth(case)
+    assert_close(got, want, ratio=RATIO["bfloat16"], each=EACH["bfloat16"])
+    assert not np.asarray(got[0][1], np.float32).any()
+
+
 HIDDEN = [
     ("key", 64, 37, "packed"),
     ("value", 64, 37, "packed"),
