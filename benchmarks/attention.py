@@ -25,6 +25,7 @@ import tyro
 from benchmarks import record, torch_peers
 from benchmarks.device_clock import measure
 from benchmarks.gates import MADE_UP, make_gates
+from benchmarks.kernel_times import Breakdown, profile
 from dmattn_jax import dynamic_mask_attention, explain, select_keys
 from dmattn_jax.attention import choose_intervals
 from dmattn_jax.oracle import attention_oracle
@@ -39,6 +40,8 @@ RESULTS = ("out", "dquery", "dkey", "dvalue", "dgate")
 TOKENS_OF_A_PROGRAM = 8192
 """Of shorter rows a timed program has so many: what a machine takes to learn that a queue has ended, some 50 µs more or
 less, is then little beside it."""
+PROFILED_RUNS = 10
+"""Of a timed program, once more, to see its kernels."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Options:
 
 @dataclass
 class Row:
-    """One measurement: milliseconds of each repeat, and the temporary bytes of the compiled program."""
+    """One measurement: milliseconds of each repeat, and the temporary bytes of the compiled program. breakdown: where
+    the time of ours and of dense attention goes on a GPU, kernel by kernel."""
 
     length: int
     window: int
@@ -79,6 +83,7 @@ class Row:
     milliseconds: list[float] = field(default_factory=list)
     temporary_bytes: int = 0
     share_of_matmul: float | None = None
+    breakdown: Breakdown | None = None
 
     @property
     def median(self) -> float:
@@ -164,6 +169,9 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
             f"{length:>8} {window:>6} {gate:>7} {row.what:>22} {row.direction:>8} {row.median:9.3f} ms {share}",
             flush=True,
         )
+        if row.breakdown is not None:
+            parts = (f"{part} {time:.3f}" for part, time in row.breakdown.milliseconds.items())
+            print(f"    ms: {', '.join(parts)}; idle {row.breakdown.idle:.3f}", flush=True)
 
     table = peers(window)
     fastest = next(entry for name, entry in IMPLEMENTATIONS.items() if f"dma {name}" in table)
@@ -189,10 +197,17 @@ def rows_of(options: Options, length: int, window: int, gate: str, ceiling: floa
     with ThreadPoolExecutor() as pool:
         programs = list(pool.map(lambda program: program.compile(), lowered))
     measured = measure(list(zip(programs, arguments, strict=True)), options.repeats)
-    for (what, direction, *_), program, times in zip(work, programs, measured, strict=True):
+    profiled = (f"dma {fastest.name}", "cudnn dense") if jax.default_backend() == "gpu" else ()
+    for (what, direction, *_), program, taken, times in zip(work, programs, arguments, measured, strict=True):
         temporary = program.memory_analysis().temp_size_in_bytes
-        times = [time / copies for time in times]
-        keep(Row(length, window, gate, what, direction, times, temporary), dense=what == "cudnn dense")
+        row = Row(length, window, gate, what, direction, [time / copies for time in times], temporary)
+        if what in profiled:
+
+            def run(program=program, taken=taken):
+                jax.block_until_ready([program(*taken) for _ in range(PROFILED_RUNS)])
+
+            row.breakdown = profile(run, program.as_text(), PROFILED_RUNS * copies)
+        keep(row, dense=what == "cudnn dense")
     if options.torch and options.batch == 1 and torch_peers.available() and dense and length <= options.gates_at:
         shape = (length, options.heads, options.kv_heads, options.head_dim)
         expiry = np.asarray(jax.jit(select_keys, static_argnums=1)(inputs[3], window))[0]

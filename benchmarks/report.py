@@ -243,7 +243,16 @@ def kernels(name: str, content: dict[str, Any], figures: Path) -> str:
         f"A matrix product of 8,192³ reaches {content['matrix_product_flops'] / 1e12:.0f} TFLOP/s in the same run."
     )
     said += _note(content)
-    return f"{said}\n\n" + "\n".join(lines) + f"\n\n{_picture(name, 'Time of attention against length')}"
+    parts = [f"{said}\n", "\n".join(lines), ""]
+    profiled = {
+        f"{row['what']}, {row['length']:,}, {row['window']:,}, {PASSES[row['direction']]}": row
+        for row in content["rows"]
+        if row.get("breakdown") and row["gate"] == options["gates"][0]
+    }
+    if profiled:
+        said = "Microseconds of the kernels, by what they do. Between them the profiler takes time too:"
+        parts += [said, "", _parts("attention, tokens, window", profiled, scale=1e3), ""]
+    return "\n".join([*parts, _picture(name, "Time of attention against length")])
 
 
 def steps_of_decoding(name: str, content: dict[str, Any], figures: Path) -> str:

@@ -115,6 +115,16 @@ def test_a_wrong_gradient_is_named_before_anything_is_timed(monkeypatch):
         attention.check(options)
 
 
+def test_rows_of_a_batch_are_rows_of_their_own():
+    from benchmarks import attention
+
+    options = attention.Options(batch=3, heads=4, kv_heads=2, head_dim=8)
+    arrays = attention.make_inputs(options, 13, "random")
+    assert [array.shape for array in arrays] == [(3, 13, 4, 8), *[(3, 13, 2, 8)] * 2, (3, 13, 2), (3, 13, 4, 8)]
+    for array in arrays:
+        assert len({row.tobytes() for row in array}) == 3
+
+
 class Device:
     """A device whose queue is done one program after the other, and a machine that learns of an end late, if it waits
     for it."""

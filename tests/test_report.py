@@ -178,6 +178,14 @@ def test_decoding_is_flat_in_time_and_in_memory():
     assert claims.decode_claim({}).verdict == claims.NOT_RUN
 
 
+def test_attention_in_batches_is_not_what_the_goals_are_about():
+    content = json.loads((RESULTS / "h200_attention_short.json").read_text())
+    said = {claim.verdict for claim in claims.attention_claims({"a": content}) if "2,048 tokens" in claim.said}
+    assert said == {claims.REACHED}
+    content["options"]["batch"] = 16
+    assert {claim.verdict for claim in claims.attention_claims({"a": content})} == {claims.NOT_RUN}
+
+
 def test_the_page_is_written_from_the_records(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
@@ -214,6 +222,17 @@ def test_parts_of_a_token_are_in_microseconds(tmp_path):
     page = report.generation("generation_cpu", content, tmp_path)
     assert "| attention, context | attention | norm | the rest | none runs |" in page
     assert f"| dma, {decoded['length']:,} | 250.0 | 12.3 | 0.1 | 31.1 |" in page
+
+
+def test_parts_of_attention_are_in_microseconds(tmp_path):
+    content = json.loads((RESULTS / "h200_attention_8_4_batch.json").read_text())
+    first, *others = (row for row in content["rows"] if row["what"] == claims.OURS)
+    first["breakdown"] = {"milliseconds": {"attention": 0.3, "lists": 0.0244, "around attention": 1e-4}, "idle": 0.002}
+    others[0]["breakdown"] = {"milliseconds": {"attention": 1.2}, "idle": 0.0}
+    page = report.kernels("h200_attention_8_4_batch", content, tmp_path)
+    assert "8 query and 4 kv heads of 128, bfloat16, batch 16." in page
+    assert "| attention, tokens, window | attention | lists | the rest | none runs |" in page
+    assert "| dma mosaic_gpu, 2,048, 1,024, forward | 300.0 | 24.4 | 0.1 | 2.0 |" in page
 
 
 def mask_row(name: str, perplexity: float, text: str = "prose", density: float = 0.1) -> dict:
