@@ -186,7 +186,7 @@ def test_experts_one_token_at_a_time(tmp_path):
     cache, steps = transformers.DynamicCache(config=model.config), []
     with torch.no_grad():
         for at in range(ids.shape[1]):
-            steps.append(model(torch.tensor(ids[:, at : at + 1]), past_key_values=cache, use_cache=True).logits)
+            steps.append(model(torch.tensor(ids[:, at : at + 1]), cache=cache, use_cache=True).logits)
     assert_close(logits_of(ours, jnp.asarray(ids)), torch.cat(steps, dim=1).numpy())
 
 
