@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import each_kernel
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -370,6 +371,15 @@ def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, d
     # Three of attention; where some keys are hidden, also the one that counts, or with lists merges, tables and sums.
     least, most = {257: (3, 3), 300: (4, 4), 100: (14, 40)}[window]
     assert least <= kernels <= most, f"{kernels} kernels"
+
+
+@pytest.mark.parametrize("name", each_kernel.CASES)
+def test_the_program_for_sanitizers(name):
+    """With the portable path in the kernels' place, and where there are none."""
+    assert each_kernel.error(name, "xla") <= each_kernel.BAR
+    if MOSAIC_GPU.unavailable():
+        with pytest.raises(SystemExit, match="the Hopper kernels do not run here: it needs an NVIDIA Hopper GPU"):
+            each_kernel.main((name,))
 
 
 def test_epochs_are_powers_of_two():
