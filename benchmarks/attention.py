@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ import tyro
 
 from benchmarks import record, torch_peers
 from benchmarks.device_clock import measure
-from benchmarks.gates import MADE_UP, make_gates
+from benchmarks.gates import MADE_UP, Gate, make_gates
 from benchmarks.kernel_times import Breakdown, profile
 from dmattn_jax import dynamic_mask_attention, explain, select_keys
 from dmattn_jax.attention import choose_intervals
+from dmattn_jax.models.field_checks import at_least
 from dmattn_jax.oracle import attention_oracle
 from pallas_kernels import IMPLEMENTATIONS, Implementation, Intervals
 from train.flops import visible_pairs
@@ -59,15 +60,28 @@ class Options:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    gates: tuple[str, ...] = MADE_UP
+    gates: tuple[Gate, ...] = MADE_UP
     gates_at: int = 32768
     checkpoint: Path | None = None
     """A run whose gates `--gates … trained` measures."""
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     torch: bool = True
     """FlashAttention-2 and FlexAttention too, where torch is installed and the batch is 1."""
     repeats: int = 9
     output: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "windows", "batch", "heads", "kv_heads", "head_dim", "repeats"):
+            for value in np.atleast_1d(getattr(self, name)).tolist():
+                at_least(name, value, 1)
+        if len(self.lengths) != len(self.windows):
+            raise ValueError(f"lengths and windows are pairs, got {len(self.lengths)} and {len(self.windows)} of them")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if "trained" in self.gates and self.checkpoint is None:
+            raise ValueError("gates 'trained' needs --checkpoint")
+        if self.checkpoint is not None and not self.checkpoint.is_dir():
+            raise ValueError(f"checkpoint must be a run's folder, such as runs/quickstart, got {self.checkpoint}")
 
 
 @dataclass

@@ -11,24 +11,30 @@ Before anything is timed, masked logits in this type are held against the portab
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from flax import nnx
 
 from benchmarks import record
 from dmattn_jax import explain
-from dmattn_jax.dam import Masks, apply_masks, load_masks, windows_and_sinks
+from dmattn_jax.dam import DamError, Masks, apply_masks, load_masks, windows_and_sinks
+from dmattn_jax.io.errors import CheckpointFormatError, HubError
 from dmattn_jax.io.pretrained import load_pretrained
 from dmattn_jax.models import LlamaConfig, LlamaForCausalLM
 from dmattn_jax.models.decoder import CausalDecoder
+from dmattn_jax.models.field_checks import at_least
 from dmattn_jax.nn.rope import LinearRope
+from train.errors import CheckpointError
 
 CHECKED_TOKENS = 1021
 WORST_RATIO = 2.0
@@ -56,6 +62,15 @@ class Options:
     hidden_size: int = LlamaConfig.hidden_size
     output: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("lengths", "repeats", "window", "layers", "hidden_size"):
+            for value in np.atleast_1d(getattr(self, name)).tolist():
+                at_least(name, value, 1)
+        at_least("sinks", self.sinks, 0)
+        # The model, which may be large, is read first.
+        if self.masks is not None and not self.masks.is_dir():
+            raise ValueError(f"masks must be a folder that dmattn dam match wrote, got {self.masks}")
+
 
 @dataclass
 class Row:
@@ -72,6 +87,16 @@ class Row:
     error: str = ""
 
 
+@contextlib.contextmanager
+def bad_files_are_the_users() -> Iterator[None]:
+    """A model or masks that cannot be read, or do not fit one another, are the user's to put right."""
+    try:
+        yield
+    except (CheckpointFormatError, DamError, HubError, FileNotFoundError) as error:
+        raise CheckpointError(" ".join(str(error).split())) from error
+
+
+@bad_files_are_the_users()
 def make_model(options: Options, dtype: str) -> CausalDecoder:
     if options.model is not None:
         return load_pretrained(str(options.model), dtype=dtype)
@@ -81,6 +106,7 @@ def make_model(options: Options, dtype: str) -> CausalDecoder:
     return LlamaForCausalLM(config, rngs=nnx.Rngs(0))
 
 
+@bad_files_are_the_users()
 def make_masks(options: Options, model: CausalDecoder) -> Masks:
     if options.masks is None:
         return windows_and_sinks(model.config.num_layers, model.config.num_heads, options.window, options.sinks)
@@ -110,11 +136,10 @@ def check(options: Options) -> dict[str, float]:
     exact, model = make_model(options, "float32"), make_model(options, options.dtype)
     masks = make_masks(options, model)
     tokens = jax.random.randint(jax.random.key(1), (1, CHECKED_TOKENS), 0, model.config.vocab_size)
+    with bad_files_are_the_users():
+        masked = apply_masks(exact, masks), apply_masks(model, masks)
     errors = {}
-    for name, pair in {
-        "dense": (exact, model),
-        "dam": (apply_masks(exact, masks), apply_masks(model, masks)),
-    }.items():
+    for name, pair in {"dense": (exact, model), "dam": masked}.items():
         want, got = (jax.jit(prefill, static_argnums=0)(*nnx.split(each), tokens) for each in pair)
         errors[name] = record.rms_ratio(got, want)
     if not errors["dam"] <= max(WORST_RATIO * errors["dense"], TINY):

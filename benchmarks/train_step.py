@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tyro
 
 from benchmarks import record
 from benchmarks.kernel_times import Breakdown, profile
-from configs import PRESETS
 from dmattn_jax import explain
 from dmattn_jax.models.config import AttentionKind, DogeConfig
+from dmattn_jax.models.field_checks import at_least
+from train.cli import find_preset
 from train.config import TrainConfig
 from train.flops import device_peak_flops, training_flops_per_token
 from train.optimizer import make_optimizer, make_schedule
@@ -45,6 +47,13 @@ class Options:
     repeats: int = 20
     """Timed steps, from the end of one to the end of the next."""
     output: Path | None = None
+
+    def __post_init__(self) -> None:
+        for preset in self.presets:
+            find_preset(preset)
+        for name in ("lengths", "tokens", "repeats"):
+            for value in np.atleast_1d(getattr(self, name)).tolist():
+                at_least(name, value, 1)
 
 
 @dataclass
@@ -130,7 +139,7 @@ def main(options: Options) -> list[Row]:
         for length in options.lengths:
             for attention in options.attentions:
                 row = Row(preset, attention, length, max(1, options.tokens // length))
-                rows.append(measure(PRESETS[preset], row, options.repeats, options.unroll))
+                rows.append(measure(find_preset(preset), row, options.repeats, options.unroll))
                 mfu = "" if row.mfu is None else f"{row.mfu:7.1%} of peak"
                 print(
                     f"{preset:>10} {length:>6} {attention:>4} {row.tokens_per_second:10,.0f} tokens/s {mfu} "

@@ -92,8 +92,8 @@ def sliding_window_attention(
 ) -> Float[Array, "B T H D"]:
     """Causal attention over the last `window` positions of the document, the query's own included.
 
-    What `dynamic_mask_attention` gives while its gates are all equal, up to a constant bias. Arguments, errors
-    and layout as there.
+    What `dynamic_mask_attention` gives while its gates are all equal, up to a constant bias; but padding amid a
+    document takes places in this window. Arguments, errors and layout as there.
     """
     check_attention(query, key, value, None)
     batch, length, kv_heads = key.shape[:3]

@@ -40,9 +40,12 @@ def document_bounds(segment_ids: Int[Array, "B S"] | None, batch: int, length: i
 
 
 def document_positions(segment_ids: Int[Array, "B S"] | None, length: int) -> Int32[Array, "B S"] | Int32[Array, "1 S"]:
-    """Position of every token within its own document, from 0: what RoPE should rotate by. Without documents one row
-    for the whole batch: what depends on positions alone is computed once, and read by all rows."""
+    """How many tokens of its document stand before each: what RoPE should rotate by. Padding takes no position, as in a
+    cache. Without documents one row for the whole batch: what depends on positions alone is computed once, and read by
+    all rows."""
     position = jnp.arange(length, dtype=jnp.int32)
     if segment_ids is None:
         return position[None]
-    return position - document_bounds(segment_ids, segment_ids.shape[0], length).start
+    documents = document_bounds(segment_ids, segment_ids.shape[0], length)
+    before = jnp.cumsum(documents.token, axis=1, dtype=jnp.int32) - documents.token
+    return before - jax.lax.cummax(jnp.where(position == documents.start, before, 0), axis=1)

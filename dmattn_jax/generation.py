@@ -295,9 +295,11 @@ def _stop_array(stop_tokens: Sequence[int]) -> Int32[Array, " N"]:
 
 
 def _check(model: Decoder, max_new_tokens: int, stop_tokens: Sequence[int], prefill_chunk: int | None) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an int >= 1, got {max_new_tokens}")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be >= 1, got {prefill_chunk}: None reads whole prompts")
+    if np.ndim(stop_tokens) != 1:
+        raise ValueError(f"stop_tokens must be a sequence of ids, got {stop_tokens!r}")
     if len(stop_tokens):
         check_ids(model, np.asarray(stop_tokens), "stop_tokens")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -26,7 +27,7 @@ def visible_keys_oracle(
     `window` of largest gate are visible, the later key first among equals. NaN ranks above +inf.
     """
     batch, length, heads = gate.shape
-    budget = jnp.broadcast_to(jnp.asarray(window, jnp.int32), (heads,))
+    budget = jnp.asarray([min(one, length) for one in np.broadcast_to(window, heads).tolist()], jnp.int32)
     position = jnp.arange(length)
     allowed = jnp.ones((batch, length, length), bool)
     if causal:

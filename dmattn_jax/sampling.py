@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+GENERATOR = "threefry2x32"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -67,7 +69,7 @@ def row_sampling(options: Sequence[Sampling], rows: Sequence[int]) -> RowSamplin
     def column(values: list, dtype: type) -> jax.Array:
         return jnp.asarray(np.array(values, dtype))
 
-    keys = [jax.random.fold_in(jax.random.key(o.seed), row) for o, row in zip(options, rows, strict=True)]
+    keys = [jax.random.fold_in(_key(o.seed), row) for o, row in zip(options, rows, strict=True)]
     return RowSampling(
         column([o.repetition_penalty for o in options], np.float32),
         column([o.temperature for o in options], np.float32),
@@ -76,6 +78,12 @@ def row_sampling(options: Sequence[Sampling], rows: Sequence[int]) -> RowSamplin
         column([0.0 if o.min_p is None else o.min_p for o in options], np.float32),
         jnp.stack([jax.random.key_data(key) for key in keys]),
     )
+
+
+def _key(seed: int) -> jax.Array:
+    """`jax.random.key` of all 64 bits, of which without x64 it takes 32."""
+    words = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=GENERATOR)
 
 
 def draw(
@@ -93,7 +101,7 @@ def draw(
         temperature = jnp.where(random, sampling.temperature, 1)[:, None]
         scaled = jnp.take_along_axis(penalised, order, axis=-1) / temperature
         kept = kept_tokens(scaled, sampling.top_k[:, None], sampling.top_p[:, None], sampling.min_p[:, None])
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(sampling.key), step)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(sampling.key, impl=GENERATOR), step)
         choice = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, scaled, -jnp.inf))
         return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
 

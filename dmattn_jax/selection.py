@@ -87,8 +87,9 @@ def last_keys(windows: tuple[int, ...], documents: Documents) -> Choice:
 
     Counted in positions, so padding inside a document takes places in the window.
     """
-    position = jnp.arange(documents.start.shape[1], dtype=jnp.int32)
-    span = jnp.asarray(windows, jnp.int32)[None, :, None]
+    length = documents.start.shape[1]
+    position = jnp.arange(length, dtype=jnp.int32)
+    span = jnp.asarray([min(window, length) for window in windows], jnp.int32)[None, :, None]
     # end - position first: position + window could pass 2^31.
     life = jnp.minimum(span, (documents.end - position)[:, None])
     expiry = jnp.where(documents.token[:, None], position + jnp.maximum(life, 0), position)

@@ -16,10 +16,12 @@ class TextStream:
     Text that may still become a stop string, or whose last character is not complete, is held back until it is
     certain. stopped: whether a stop string came; nothing comes after it.
 
-    Raises: ValueError on an empty stop string.
+    Raises: ValueError on an empty stop string, and on one that is not in a sequence.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+        if isinstance(stop_strings, str):
+            raise ValueError(f"stop_strings must be a sequence of texts, got one: ({stop_strings!r},)")
         if any(not stop for stop in stop_strings):
             raise ValueError("stop_strings must not be empty strings, got '': leave it out")
         self._tokenizer = tokenizer

@@ -42,8 +42,9 @@ def check_gate(gate: jax.Array) -> None:
 def check_segment_ids(segment_ids: jax.Array | None, batch: int, length: int) -> None:
     if segment_ids is None:
         return
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids must be an integer array, got {segment_ids.dtype}")
+    kind = getattr(segment_ids, "dtype", type(segment_ids).__name__)
+    if isinstance(kind, str) or not jnp.issubdtype(kind, jnp.integer):
+        raise TypeError(f"segment_ids must be an integer array, got {kind}")
     if segment_ids.shape != (batch, length):
         raise ValueError(
             f"segment_ids must have shape [B, S] = {(batch, length)}, one id per key position, got {segment_ids.shape}"

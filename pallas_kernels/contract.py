@@ -17,7 +17,7 @@ Promises, for every implementation, forward and backward:
 - Products accumulate in float32 (float64 for float64 inputs); the bias is added in that type.
 - Results do not depend on what masked places hold, NaN included. A key row with a non-finite key or value,
   or a NaN bias, makes NaN of the queries that see it and of nothing else; gradients stay clean in documents that
-  hold no such row.
+  hold no such row. A query or a cotangent of an output that is not finite may make NaN of the gradients of any key.
 - The same inputs give bitwise the same outputs.
 
 Axis letters: B batch, T query time, S key time, H query heads, K kv heads, G = H/K, D head dim, E epochs,

@@ -109,9 +109,12 @@ class Engine:
     def submit(self, requests: Sequence[tuple[Request, Listener]]) -> list[Ticket]:
         """Enqueue all of the requests or none. Listeners are called from the engine's thread.
 
-        Raises: ValueError on a prompt that is empty or out of the vocabulary, TooLongError, BusyError,
-        EngineStoppedError.
+        Raises: ValueError on a prompt that is empty or out of the vocabulary, and on more requests than an idle engine
+        takes; TooLongError, BusyError, EngineStoppedError.
         """
+        most = self.max_waiting + len(self._active)
+        if len(requests) > most:
+            raise ValueError(f"at most {most} requests (prompts times n) can come in one call, got {len(requests)}")
         tickets = []
         for number, (request, listener) in enumerate(requests):
             prompt = check_prompt(self.model, request.prompt, f"prompt {number}" if len(requests) > 1 else "prompt")

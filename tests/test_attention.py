@@ -77,6 +77,12 @@ def test_not_causal(implementation, window, segments, gate):
     check(make_case(keys=83, window=window, segments=segments, gate=gate, causal=False), implementation)
 
 
+@pytest.mark.parametrize("window", some_slow([600], [1030]))
+def test_not_causal_in_several_blocks(implementation, window):
+    """Fewer chosen keys than queries, in more than one block of keys, the last of them partial."""
+    check(make_case(batch=1, keys=1031, kv_heads=1, group=1, dim=8, window=window, causal=False), implementation)
+
+
 @pytest.mark.parametrize("queries", some_slow([1, 67], [2, 130]))
 @pytest.mark.parametrize("causal", [True, False])
 def test_fewer_queries_than_keys(implementation, queries, causal):
@@ -222,6 +228,23 @@ def test_ties_are_a_sliding_window(implementation):
     tied = evaluate(case, implementation)
     for left, right in zip(tied[:4], run(case, dtype_of(implementation), sliding)[:4], strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("window", [2**31, (2**40, 3, 2**31 - 1)])
+def test_windows_beyond_32_bits(implementation, window):
+    case = make_case(window=window)
+    check(case, implementation)
+    ids = np.ones((2, 131), np.int32)
+
+    def sliding(query, key, value, gate, *, window, segment_ids, implementation):
+        return sliding_window_attention(
+            query, key, value, window=window, segment_ids=segment_ids, implementation=implementation
+        )
+
+    flat = Case(case.query, case.key, case.value, 0 * case.gate, case.cotangent, window, ids)
+    dtype = dtype_of(implementation)
+    got = run(rounded(flat, dtype), dtype, sliding, implementation=implementation)[:4]
+    assert_close(got, truth(rounded(flat, dtype))[:4], ratio=RATIO[dtype], each=EACH[dtype])
 
 
 @pytest.mark.parametrize("segments", some_slow(["inside"], ["none", "packed"]))

@@ -297,7 +297,7 @@ def test_train_step_benchmark(monkeypatch, tmp_path):
     tiny = replace(
         PRESETS["doge-20m"].model, vocab_size=61, hidden_size=16, intermediate_size=16, num_layers=1, window=5
     )
-    monkeypatch.setitem(bench.PRESETS, "tiny", replace(PRESETS["doge-20m"], model=tiny))
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["doge-20m"], model=tiny))
     output = tmp_path / "train_step.json"
     options = bench.Options(("tiny",), (13,), ("dma", "mha"), tokens=26, repeats=2, output=output)
     rows = bench.main(options)
@@ -311,6 +311,89 @@ def test_the_command_finds_benchmarks(capsys):
     assert "train_step" in capsys.readouterr().out
     assert cli.main(["bench", "atention"]) == 2
     assert "did you mean attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ("attention --dtype int8", "invalid choice 'int8'"),
+        ("attention --gates nope", "invalid choice 'nope'"),
+        ("attention --gates random trained", "gates 'trained' needs --checkpoint"),
+        ("attention --gates trained --checkpoint nothere", "checkpoint must be a run's folder"),
+        ("attention --lengths 64 128 --windows 8", "lengths and windows are pairs, got 2 and 1 of them"),
+        ("attention --heads 6 --kv-heads 4", "heads must be a multiple of kv_heads, got 6 and 4"),
+        ("attention --lengths 64 0 --windows 8 8", "lengths must be >= 1, got 0"),
+        ("attention --lengths 64 --windows -8", "windows must be >= 1, got -8"),
+        ("attention --batch 0", "batch must be >= 1, got 0"),
+        ("attention --kv-heads 0", "kv_heads must be >= 1, got 0"),
+        ("attention --head-dim 0", "head_dim must be >= 1, got 0"),
+        ("attention --repeats 0", "repeats must be >= 1, got 0"),
+        ("decode --window 0", "window must be >= 1, got 0"),
+        ("decode --contexts 64 0", "contexts must be >= 1, got 0"),
+        ("decode --batches 0", "batches must be >= 1, got 0"),
+        ("decode --steps 0", "steps must be >= 1, got 0"),
+        ("decode --heads 6 --kv-heads 4", "heads must be a multiple of kv_heads, got 6 and 4"),
+        ("dam --masks nothere", "masks must be a folder that dmattn dam match wrote, got nothere"),
+        ("dam --lengths 64 0", "lengths must be >= 1, got 0"),
+        ("dam --window 0", "window must be >= 1, got 0"),
+        ("dam --sinks -1", "sinks must be >= 0, got -1"),
+        ("generation --lengths 64 0", "lengths must be >= 1, got 0"),
+        ("generation --generated -1", "generated must be >= 1, got -1"),
+        ("generation --decode-steps 0", "decode_steps must be >= 1, got 0"),
+        ("generation --heads 6 --kv-heads 4", "heads must be a multiple of kv_heads, got 6 and 4"),
+        ("generation --head-dim 7", "head_dim must be even, got 7"),
+        ("train_step --tokens 0", "tokens must be >= 1, got 0"),
+        ("train_step --repeats 0", "repeats must be >= 1, got 0"),
+    ],
+)
+def test_impossible_options_are_refused_at_once(capsys, args, reason):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *args.split()])
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert reason in " ".join(shown.err.replace("│", " ").split())
+
+
+def test_what_a_benchmark_cannot_find_is_one_line(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF and nothing else")
+    random = ["dam", "--layers", "1", "--hidden-size", "18"]
+    for args, reason in (
+        (["train_step", "--presets", "doge160m"], "unknown preset 'doge160m', did you mean doge-160m?"),
+        (["dam", "--model", "nothere.gguf"], "no model at nothere.gguf"),
+        (["dam", "--model", str(tmp_path / "bad.gguf")], "bad.gguf"),
+        ([*random, "--masks", str(tmp_path / "empty")], "empty has no masks: make them with dmattn dam match"),
+        (["decode", "--output", "/proc/x/decode.json"], "cannot write in /proc/x: No such file or directory"),
+    ):
+        assert cli.main(["bench", *args]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert reason in line
+
+
+def test_masks_of_another_shape_are_the_users(tmp_path):
+    from benchmarks import dam
+    from dmattn_jax.dam import save_masks, windows_and_sinks
+    from train.errors import CheckpointError
+
+    save_masks(windows_and_sinks(2, 3, 5), tmp_path, {})
+    options = dam.Options(masks=tmp_path, layers=1, hidden_size=18)
+    with pytest.raises(CheckpointError, match="the masks are of 2 layers of 3 heads"):
+        dam.check(options)
+
+
+def test_a_corpus_too_short_for_trained_gates(monkeypatch):
+    from types import SimpleNamespace
+
+    from benchmarks import gates
+    from train.errors import ConfigError
+
+    tokenizer = SimpleNamespace(encode=lambda text: [1] * len(text))
+    run = SimpleNamespace(config=SimpleNamespace(data=None), tokenizer=tokenizer)
+    monkeypatch.setattr(gates, "load_trained", lambda path, best: run)
+    monkeypatch.setattr(gates, "training_texts", lambda data: ["abc", "de"])
+    with pytest.raises(ConfigError, match="the corpus of a has 5 tokens, and 7 are wanted"):
+        gates.make_gates("trained", 7, 1, Path("a"))
 
 
 def test_tuning_tries_every_size_that_fits():

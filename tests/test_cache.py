@@ -1,5 +1,7 @@
 """The bounded caches hold exactly what attention can see, however the tokens come in."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,25 @@ def test_chunks_leave_what_single_tokens_leave(kind):
         cache = append(cache, key[:, chunk], value[:, chunk], jnp.asarray(gate[:, chunk]), token)
         start += size
         check_content(cache, gate, key, value, start)
+
+
+@pytest.mark.usefixtures("_spare_slots")
+@pytest.mark.parametrize("last", [2**24 + 9, 2**31 - 1])
+def test_positions_up_to_the_greatest_are_as_good_as_any(last):
+    """Where float32 no longer knows every position, and to the end of int32: ties still go to the later key."""
+    gate, (key, value) = gates("few"), rows()
+    append = jax.jit(WindowCache.append)
+    near = WindowCache.create(B, WINDOWS, K, D)
+    far = dataclasses.replace(near, length=near.length + (last - N))
+    for chunk in (slice(0, 7), *(slice(i, i + 1) for i in range(7, N))):
+        token = jnp.ones((B, chunk.stop - chunk.start), bool)
+        near, far = (
+            append(cache, key[:, chunk], value[:, chunk], jnp.asarray(gate[:, chunk]), token) for cache in (near, far)
+        )
+    np.testing.assert_array_equal(far.length, last)
+    np.testing.assert_array_equal(far.position, jnp.where(near.position >= 0, near.position + (last - N), -1))
+    for name in ("keys", "values", "gate"):
+        np.testing.assert_array_equal(getattr(far, name), getattr(near, name))
 
 
 @pytest.mark.usefixtures("_spare_slots")

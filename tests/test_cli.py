@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from train.config import MeshConfig, TrainConfig
 from train.errors import ConfigError
 from train.loop import run
 from train.plan import compile_step, describe, plan_memory
+from train.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,38 @@ def test_impossible_values(capsys, tmp_path):
         cli.main(["train", "quickstart", "--model.window", "0"])
     assert ended.value.code == 2
     assert "window must be >= 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("checkpoint.every", 0, 1),
+        ("checkpoint.keep", 0, 1),
+        ("log.every", 0, 1),
+        ("log.eval-every", 0, 1),
+        ("log.eval-batches", 0, 1),
+        ("log.sample-tokens", 0, 1),
+        ("log.sample-every", -1, 0),
+        ("seed", -1, 0),
+        ("data.shuffle-seed", -1, 0),
+        ("accumulate", 0, 1),
+    ],
+)
+def test_numbers_too_small_are_refused_before_there_is_a_folder(capsys, tmp_path, field, value, least):
+    line = refused(capsys, "train", "quickstart", "--runs-dir", str(tmp_path / "runs"), f"--{field}", str(value))
+    assert line.endswith(f"{field} must be >= {least}, got {value}")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "a/..", "..", "../a", "a/../../b", "/tmp/a"])
+def test_a_run_has_a_folder_of_its_own_below_runs_dir(capsys, tmp_path, name):
+    line = refused(capsys, "train", "quickstart", "--runs-dir", str(tmp_path / "runs"), "--name", name)
+    assert f"name must be that of a folder below runs-dir, got {name!r}" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_folders_of_runs_may_be_nested(tmp_path):
+    resolve(small_config(tmp_path, "sweeps/..a"), 1)
 
 
 def test_a_checkpoint_of_another_architecture(capsys, trained, tmp_path):
@@ -325,6 +359,11 @@ def test_export_refuses_in_one_line(capsys, trained, tmp_path):
     assert "cannot write in" in refused(capsys, "export", str(trained), str(tmp_path / "file"))
 
 
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_is_none(capsys, trained, port):
+    assert f"port must be 0 … 65535, got {port}" in refused(capsys, "serve", str(trained), "--port", port)
+
+
 def test_tokenizer_train(capsys, tmp_path):
     (tmp_path / "texts").mkdir()
     for number in range(3):
@@ -339,6 +378,25 @@ def test_tokenizer_train(capsys, tmp_path):
     assert "vocab_size must be >= 257" in refused(
         capsys, "tokenizer", "train", str(tmp_path / "texts"), "--vocab-size", "9", "--output", str(output)
     )
+
+
+def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_texts_are_read(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    args = ("tokenizer", "train", str(tmp_path / "nowhere"), "--output")
+    line = refused(capsys, *args, str(tmp_path / "file" / "tokenizer.json"))
+    assert f"cannot write in {tmp_path / 'file'}: File exists; choose another --output" in line
+    assert "cannot write in /proc: " in refused(capsys, *args, "/proc/tokenizer.json")
+
+
+def test_a_tokenizer_whose_writing_fails_after_all(capsys, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dmattn_jax.io.tokenizers.train_tokenizer", full)
+    (tmp_path / "a.txt").write_text("abc")
+    output = tmp_path / "tokenizer.json"
+    line = refused(capsys, "tokenizer", "train", str(tmp_path / "a.txt"), "--output", str(output))
+    assert line.endswith(f"cannot read or write {output}: No space left on device")
 
 
 def test_explain_names_the_device(capsys):
@@ -440,5 +498,10 @@ def test_models_from_elsewhere_generate_too(capsys, trained, tmp_path):
         assert cli.main(["generate", str(model), "--prompt", "abc", "--tokens", "9", "--temperature", "0"]) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
+    (tmp_path / "text.txt").write_text("abc")
+    for other in (str(folder), str(tmp_path / "model.gguf"), "hf:owner/name"):
+        line = refused(capsys, "eval", other, "--text", str(tmp_path / "text.txt"))
+        assert other in line
+        assert "eval --text and export take a run's folder; a Hugging Face folder or a .gguf file is for" in line
     (tmp_path / "garbage.gguf").write_bytes(b"GGUF and nothing else")
     assert "garbage.gguf" in refused(capsys, "generate", str(tmp_path / "garbage.gguf"))

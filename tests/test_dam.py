@@ -292,6 +292,8 @@ def test_bad_input_is_named(model, maps):
         apply_masks(model, random_masks(layers=2))
     with pytest.raises(DamError, match=r"must be dense .* got PatternAttention"):
         apply_masks(apply_masks(model, masks), masks)
+    with pytest.raises(DamError, match="layers must be stacked: take the decoder from which unrolled"):
+        apply_masks(model.unrolled(), masks)
     with pytest.raises(DamError, match=r"length must be in 2 … 64, the model's positions, got 65"):
         capture(model, DOCUMENTS, length=65)
     with pytest.raises(DamError, match="no calibration text"):

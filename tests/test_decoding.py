@@ -109,6 +109,15 @@ def test_a_step_is_the_definition(filled):
     check(STEPS["xla"], inputs, windows, bar=1e-5)
 
 
+@pytest.mark.parametrize("last", [2**24 + 9, 2**31 - 1])
+def test_steps_up_to_the_greatest_position(last):
+    windows = (13, 7)
+    *token, position, slots = make_step(3, 10, 2, 13, 6, windows=windows, filled=999, dtype=jnp.float32, seed=1)
+    more = last - int(position.max())
+    held = jnp.where(slots.position >= 0, slots.position + more, slots.position)
+    check(STEPS["xla"], (*token, position + more, slots._replace(position=held)), windows, bar=1e-5)
+
+
 def test_float32_is_not_rounded_on_the_way():
     # What an accelerator may do with a product whose precision is not said.
     inputs = make_step(3, 10, 2, 13, 6, windows=(13, 7), filled=3, dtype=jnp.float32, seed=5)

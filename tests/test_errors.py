@@ -46,6 +46,7 @@ def inputs(**changes):
         ({"window": (1, 0, 2)}, ValueError, "window must be >= 1, got 0"),
         ({"segment_ids": jnp.ones((2, 5), jnp.int32)}, ValueError, r"segment_ids must have shape .* \(2, 7\)"),
         ({"segment_ids": jnp.ones((2, 7))}, TypeError, "segment_ids must be an integer array, got float32"),
+        ({"segment_ids": [[1] * 7] * 2}, TypeError, "segment_ids must be an integer array, got list"),
         (
             {"implementation": "triton"},
             ValueError,

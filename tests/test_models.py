@@ -468,6 +468,8 @@ def test_linen_runs_the_model():
         ({"num_layers": 2.0}, "num_layers must be an int, got 2.0"),
         ({"window": 0}, "window must be >= 1, got 0"),
         ({"window": (5, 0, 7)}, "window must be >= 1, got 0"),
+        ({"window": 5.0}, "window must be an int, got 5.0"),
+        ({"window": None}, "window must be an int, got None"),
         ({"window": (5, 7)}, "expected 3 values, got (5, 7)"),
         ({"num_experts": 17}, "num_experts must be 0 or a square number, got 17: use 16 or 25"),
         ({"num_experts": 4, "num_experts_per_token": 5}, "num_experts_per_token must be in 1 … num_experts=4, got 5"),

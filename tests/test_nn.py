@@ -99,6 +99,25 @@ def reference(layer, x, segments, kind, visible=None) -> np.ndarray:
 
 
 @float32_products
+@pytest.mark.parametrize("kind", ["dma", "mha"])
+def test_padding_amid_a_document_takes_no_position(kind):
+    layer, x = trained(make(kind)), jnp.asarray(inputs())
+    tokens = np.array([3, 4, 6, 7, 11, 12, 13, 14])
+    segments = jnp.zeros((B, T), jnp.int32).at[:, tokens].set(1)
+    alone = run(layer, x[:, tokens])
+    np.testing.assert_allclose(run(layer, x, segments)[:, tokens], alone, atol=1e-6)
+    chunk, _ = layer.decode(x, layer.init_cache(B, T), segments)
+    np.testing.assert_allclose(chunk[:, tokens], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dma", "mha", "swa"])
+@pytest.mark.parametrize("shape", [(0, 5, M), (B, 0, M)])
+def test_no_rows_and_no_tokens_are_refused(kind, shape):
+    with pytest.raises(ValueError, match="query must not be empty, got shape"):
+        make(kind)(jnp.zeros(shape))
+
+
+@float32_products
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_layer_is_its_equations(kind, packed):
@@ -483,6 +502,9 @@ def test_cdmoe_is_a_loop_over_tokens(experts, chosen):
     out, auxiliary = run(layer, jnp.asarray(x), jnp.asarray(SEGMENTS))
     np.testing.assert_allclose(out, expected, rtol=3e-5, atol=3e-5)
     assert float(auxiliary) == pytest.approx(balance, rel=1e-5)
+    broken, again = run(layer, jnp.where(jnp.asarray(SEGMENTS)[..., None], x, jnp.nan), jnp.asarray(SEGMENTS))
+    np.testing.assert_array_equal(again, auxiliary)
+    np.testing.assert_array_equal(np.where(SEGMENTS[..., None], broken, 0), np.where(SEGMENTS[..., None], out, 0))
 
 
 def test_cdmoe_in_chunks_is_cdmoe_at_once(monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from small_run import environment
 
+from dmattn_jax.dam import apply_masks, windows_and_sinks
 from dmattn_jax.io import load_pretrained, load_pretrained_tokenizer, save_pretrained, train_tokenizer
 from dmattn_jax.models import DogeConfig, DogeForCausalLM, LlamaConfig, LlamaForCausalLM
 from dmattn_jax.nn import FactorsRope, LinearRope, Llama3Rope, YarnRope
@@ -137,7 +138,10 @@ def test_a_tokenizer_goes_with_the_model(tmp_path):
         save_pretrained(make(DOGE), tmp_path / "small", tokenizer=tokenizer)
     save_pretrained(make(replace(DOGE, vocab_size=272)), tmp_path / "model", tokenizer=tokenizer)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"] == 0
+    (tmp_path / "model" / "chat_template.jinja").write_text("of another tokenizer")
+    save_pretrained(make(replace(DOGE, vocab_size=272)), tmp_path / "model", tokenizer=tokenizer)
     again = load_pretrained_tokenizer(tmp_path / "model", vocab_size=272)
+    assert again.chat_template is None
     assert again.fingerprint == tokenizer.fingerprint
     assert load_pretrained(tmp_path / "model").config.vocab_size == 272
 
@@ -152,6 +156,11 @@ def test_errors_of_saving(tmp_path):
         save_pretrained(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "x")
     with pytest.raises(ValueError, match="attention must be one of dma, swa, mha, got 'nsa'"):
         save_pretrained(make(replace(DOGE, attention="nsa")), tmp_path / "x")
+    with pytest.raises(ValueError, match="must have its layers stacked: save the decoder from which unrolled"):
+        save_pretrained(make(LLAMA).unrolled(), tmp_path / "x")
+    masked = apply_masks(make(LLAMA), windows_and_sinks(LLAMA.num_layers, LLAMA.num_heads, 2, 1))
+    with pytest.raises(ValueError, match=r"what a config.json cannot say: blocks.attention.columns, .*; masks are"):
+        save_pretrained(masked, tmp_path / "x")
     with pytest.raises(ValueError, match="shard_bytes must be >= 1, got 0"):
         save_pretrained(make(LLAMA), tmp_path / "x", shard_bytes=0)
     assert not (tmp_path / "x" / "config.json").exists()

@@ -18,6 +18,8 @@ SHAPES = [
     {"keys": 139, "kv_heads": 2, "group": 1, "dim": 16, "window": (3, 31)},
     {"keys": 139, "queries": 13, "kv_heads": 2, "group": 1, "dim": 16, "window": 31},
     {"keys": 139, "kv_heads": 2, "group": 2, "dim": 16, "window": 1},
+    # More than one block of keys, also of those that are chosen at once.
+    {"keys": 601, "kv_heads": 1, "group": 1, "dim": 8, "window": 523},
 ]
 cases = st.fixed_dictionaries(
     {

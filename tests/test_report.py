@@ -172,10 +172,25 @@ def test_decoding_is_flat_in_time_and_in_memory():
         return {"what": "dma mosaic_gpu", "batch": 3, "context": context, "microseconds": [microseconds],
                 "cache_bytes": cache}  # fmt: skip
 
-    for last, verdict in ((step(99, 10.5, 7), claims.REACHED), (step(99, 11.5, 7), claims.MISSED),
-                          (step(99, 10.5, 8), claims.MISSED)):  # fmt: skip
-        assert claims.decode_claim({"a": {"rows": [last, step(5, 10.0, 7)]}}).verdict == verdict
+    short, long = claims.STEP_CONTEXTS
+    for last, verdict in ((step(long, 10.5, 7), claims.REACHED), (step(long, 11.5, 7), claims.MISSED),
+                          (step(long, 10.5, 8), claims.MISSED), (step(long - 1, 10.5, 7), claims.NOT_RUN)):  # fmt: skip
+        assert claims.decode_claim({"a": {"rows": [last, step(short, 10.0, 7)]}}).verdict == verdict
     assert claims.decode_claim({}).verdict == claims.NOT_RUN
+
+
+def test_generation_is_flat_between_two_lengths_at_least():
+    def row(length: int, speed: float) -> dict:
+        return {"attention": "dma", "what": "decode", "error": "", "length": length, "tokens_per_second": speed,
+                "cache_bytes": 7}  # fmt: skip
+
+    def verdict(*rows: dict) -> str:
+        return claims.generation_claim({"a": {"options": {"window": 2048}, "rows": rows}}).verdict
+
+    # A cache that is still filling is no measurement.
+    assert verdict(row(1024, 700.0), row(8192, 70.0)) == claims.NOT_RUN
+    assert verdict(row(1024, 700.0), row(8192, 70.0), row(65_536, 69.0)) == claims.REACHED
+    assert verdict(row(8192, 70.0), row(65_536, 50.0)) == claims.MISSED
 
 
 def test_attention_in_batches_is_not_what_the_goals_are_about():

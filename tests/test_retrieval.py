@@ -171,6 +171,15 @@ def test_commands_write_a_map(task, opened, monkeypatch, tmp_path, capsys):
     assert "must leave room" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["needle", "longeval"])
+def test_a_map_that_cannot_be_written_is_refused_before_the_model_is_read(task, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("train.run_files.open_model", lambda path, best: pytest.fail("the model was read"))
+    (tmp_path / "file").write_text("")
+    for output, reason in (("/proc/x", "No such file or directory"), (str(tmp_path / "file"), "File exists")):
+        assert cli.main([task, "anything", "--output", output]) == 2
+        assert capsys.readouterr().err == f"dmattn: cannot write in {output}: {reason}; choose another --output\n"
+
+
 @pytest.mark.slow
 def test_an_untrained_model_finds_nothing(opened, tmp_path):
     args = ["needle", "anything", "--lengths", "300", "--depths", "0", "1", "--output", str(tmp_path)]

@@ -79,6 +79,8 @@ def test_any_64_bit_seed(seed):
     tokens = [drawn(jnp.zeros(61), options, step=step).tolist() for step in range(5)]
     assert tokens == [drawn(jnp.zeros(61), options, step=step).tolist() for step in range(5)]
     assert any(first != second for first, second in tokens), "rows draw independently"
+    other = [Sampling(temperature=9.0, seed=seed + (1 << 32))] * 2
+    assert tokens != [drawn(jnp.zeros(61), other, step=step).tolist() for step in range(5)], "all bits count"
 
 
 def test_logprobs_are_those_of_the_whole_forward():
@@ -137,6 +139,8 @@ def test_streamed_text_is_the_decoded_text_in_whole_characters():
 def test_text_that_may_become_a_stop_string_is_held_back():
     stream = TextStream(Words(), ["w5 w6"])
     assert [stream.push(i) for i in (1, 5, 5, 1, 5)] == ["w1 ", "", "w5 ", "w5 w1 ", ""]
+    with pytest.raises(ValueError, match="stop_strings must be a sequence of texts, got one: "):
+        TextStream(Words(), "w5 w6")
     assert stream.push(60) == ""
     assert stream.stopped
     assert stream.push(1) == stream.finish() == ""

@@ -21,7 +21,7 @@ from dmattn_jax.io.tokenizers import ByteTokenizer
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 from dmattn_jax.sampling import Sampling
 from serve import app as serve_app
-from serve.engine import Engine
+from serve.engine import Engine, Request
 
 NAME = "tiny"
 TOKENIZER = ByteTokenizer()
@@ -263,12 +263,25 @@ def test_unknown_models_routes_methods_and_bodies(client, address):
     assert status("POST", "/v1/completions", b" " * (serve_app.MAX_BODY_BYTES + 1)) == 413
 
 
-def test_too_many_at_once_are_429(client, engine):
+def test_too_many_at_once_are_429(client, engine, monkeypatch):
+    decode = engine._slots.decode
+
+    def slowly(*args):
+        time.sleep(0.05)
+        return decode(*args)
+
+    monkeypatch.setattr(engine._slots, "decode", slowly)
+    tickets = engine.submit([(Request([1], 90), lambda event: None)] * 7)
     with pytest.raises(openai.RateLimitError) as refused:
-        client.completions.create(model=NAME, prompt=["x"] * 9)
+        client.completions.create(model=NAME, prompt=["x"] * 7)
     assert refused.value.body["code"] == "too_many_requests"
     assert refused.value.response.headers["retry-after"] == "1"
-    assert engine.waiting == 0
+    for ticket in tickets:
+        engine.cancel(ticket)
+    until(lambda: engine.running == engine.waiting == 0)
+    # What could never be taken is not to be tried again.
+    with pytest.raises(openai.BadRequestError, match=r"at most 7 requests .* in one call, got 8"):
+        client.completions.create(model=NAME, prompt=["x"] * 4, n=2)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -21,6 +21,7 @@ from train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConf
 from train.errors import ConfigError, RunDirectoryError, TrainingDivergedError
 from train.loop import run
 from train.manifest import read_manifest
+from train.resolve import resolve
 from train.run_directory import RunDirectory
 from train.run_files import load_trained
 
@@ -269,6 +270,15 @@ def test_more_steps_continue_a_finished_run(home):
     run(config)
     assert run(replace(config, steps=6)).step == 6
     assert [int(row["step"]) for row in rows_of(home / "runs" / "longer")] == list(range(7))
+
+
+@pytest.mark.parametrize("steps", [13, "auto"])
+def test_fewer_steps_than_are_done_are_refused(uninterrupted, home, monkeypatch, steps):
+    monkeypatch.setattr("train.loop.resolve", lambda config, shards: replace(resolve(config, shards), steps=13))
+    before = (uninterrupted / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"steps must be >= 14, which .*uninterrupted has done, got 13"):
+        run(small_config(home, "uninterrupted", steps=steps))
+    assert (uninterrupted / "config.json").read_bytes() == before
 
 
 def test_a_run_is_held_by_one_process(tmp_path):

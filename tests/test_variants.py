@@ -144,20 +144,13 @@ def kind(request):
 @pytest.mark.parametrize("packed", [False, True])
 def test_layer_is_its_recipe(kind, packed):
     layer, x = make(kind), inputs()
-    segments = packed_segments(kind) if packed else np.ones((B, T), np.int32)
+    segments = SEGMENTS if packed else np.ones((B, T), np.int32)
     out = run(layer, jnp.asarray(x), jnp.asarray(segments) if packed else None)
     np.testing.assert_allclose(out, reference(kind, layer, x, segments), rtol=3e-5, atol=3e-5)
 
 
-def packed_segments(kind):
-    """Rotary positions of the dense variants count the padding inside a document; the blocks of nsa must not."""
-    if kind == "nsa":
-        return SEGMENTS
-    return np.array([[1] * 25 + [2] * 12 + [0] * 4, [3] * 2 + [1] * 21 + [2] * 18], np.int32)
-
-
 def test_gradients_are_the_slopes_of_the_recipe(kind):
-    layer, x, segments = make(kind), inputs(), packed_segments(kind)
+    layer, x, segments = make(kind), inputs(), SEGMENTS
     cotangent = inputs(seed=1).astype(np.float64)
 
     def loss(layer, x):
@@ -195,7 +188,7 @@ def test_later_tokens_change_no_earlier_output(kind):
 
 
 def test_documents_and_padding_do_not_leak(kind):
-    layer, segments = make(kind), jnp.asarray(packed_segments(kind))
+    layer, segments = make(kind), jnp.asarray(SEGMENTS)
     x = jnp.asarray(inputs())
     before = np.asarray(run(layer, x, segments))
     np.testing.assert_array_equal(before[np.asarray(segments) == 0], 0)
@@ -226,6 +219,15 @@ def test_prefill_and_decoding_at_every_split_is_the_whole_pass(kind, splits):
         np.testing.assert_allclose(tail[1, : T - split], whole[1, split:], atol=1e-5, err_msg=f"split {split}")
         np.testing.assert_array_equal(tail[0, :split], 0)
         np.testing.assert_array_equal(after.length, T)
+
+
+def test_a_cache_can_be_donated(kind):
+    """No array is in it twice."""
+    layer = make(kind)
+    step = jax.jit(lambda layer, x, cache: nnx.merge(*layer).decode(x, cache), donate_argnums=2)
+    out, cache = step(nnx.split(layer), jnp.asarray(inputs()), layer.init_cache(B, T))
+    np.testing.assert_allclose(out, run(layer, jnp.asarray(inputs())), atol=1e-5)
+    assert cache.length.tolist() == [T, T]
 
 
 def test_latent_cache_holds_the_latent_row_and_the_shared_key_alone():

@@ -115,9 +115,19 @@ def _preset_listing(command: str) -> str:
     return "\n".join([*lines, "", f"dmattn {command} PRESET --help shows every field with the preset's value."])
 
 
+def find_preset(name: str) -> TrainConfig:
+    """The preset of this name. Raises UnknownPresetError naming the nearest and all."""
+    from configs import PRESETS
+
+    if name not in PRESETS:
+        raise UnknownPresetError(
+            f"unknown preset {name!r}{_closest(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]
+
+
 def _preset_config(command: str, description: str, args: Sequence[str]) -> TrainConfig | None:
     """The preset named first, with the changes that follow; None when only the list was asked for."""
-    from configs import PRESETS
     from train.config import TrainConfig
 
     if not args or args[0] in ("-h", "--help"):
@@ -130,13 +140,9 @@ def _preset_config(command: str, description: str, args: Sequence[str]) -> Train
         raise UnknownPresetError(
             f"name a preset before {name}: dmattn {command} PRESET {name} ...; see dmattn {command}"
         )
-    if name not in PRESETS:
-        raise UnknownPresetError(
-            f"unknown preset {name!r}{_closest(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
-        )
     return tyro.cli(
         TrainConfig,
-        default=PRESETS[name],
+        default=find_preset(name),
         prog=f"dmattn {command} {name}",
         description=description,
         args=args[1:],
@@ -221,7 +227,9 @@ def train_tokenizer(
     from train.config import DataConfig
     from train.data.loader import source_files
     from train.data.sources import NotTextError, read_documents
+    from train.run_directory import make_writable
 
+    make_writable(output.expanduser().parent, "choose another --output")
     files = [file for source in sources for file in source_files(DataConfig(source=source))]
 
     def texts() -> Iterator[str]:
@@ -230,8 +238,11 @@ def train_tokenizer(
             with contextlib.suppress(NotTextError) if len(files) > len(sources) else contextlib.nullcontext():
                 yield from read_documents(file, text_field)
 
-    with bad_values_are_the_users():
-        trained = tokenizers.train_tokenizer(texts(), vocab_size, output, progress=sys.stderr.isatty())
+    try:
+        with bad_values_are_the_users():
+            trained = tokenizers.train_tokenizer(texts(), vocab_size, output, progress=sys.stderr.isatty())
+    except OSError as error:  # of a file of texts, or of the output
+        raise UserError(f"cannot read or write {error.filename or output}: {error.strerror or error}") from error
     print(f"{output}: {trained.vocab_size:,} tokens from {len(files):,} files")
     return 0
 
@@ -300,6 +311,10 @@ def _bench(args: Sequence[str]) -> int:
 
     script = importlib.import_module(f"benchmarks.{args[0]}")
     options = tyro.cli(script.Options, prog=f"dmattn bench {args[0]}", description=script.__doc__, args=list(args[1:]))
+    if options.output is not None:
+        from train.run_directory import make_writable
+
+        make_writable(options.output.parent, "choose another --output")
     script.main(options)
     return 0
 

@@ -12,6 +12,11 @@ from train.errors import ConfigError
 
 T = TypeVar("T")
 
+ONLY_A_RUN = (
+    "eval --text and export take a run's folder; a Hugging Face folder or a .gguf file is for eval --tasks, generate, "
+    "chat and serve"
+)
+
 RESUMABLE_PREFIXES = ("steps", "optimizer.", "mesh.", "checkpoint.", "log.", "runs_dir", "accumulate")
 RESUMABLE_FIELDS = frozenset({"model.dtype", "model.remat", "model.unroll_layers"})
 """Fields that may change when a run is resumed: none of them alters what a checkpoint holds or how data is cut."""
@@ -23,7 +28,8 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str, origin: str = "config.json") -> TrainConfig:
-    """The TrainConfig of `to_json`. Raises ConfigError naming the field when it is not one of ours.
+    """The TrainConfig of `to_json`. Raises ConfigError naming the field when it is not one of ours, and for the
+    configuration of a Hugging Face model.
 
     Fields that are absent take their default, so that an older run's file still reads.
     """
@@ -33,6 +39,8 @@ def from_json(text: str, origin: str = "config.json") -> TrainConfig:
         raise ConfigError(f"{origin} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} must hold one JSON object, got {type(values).__name__}")
+    if "model_type" in values or "architectures" in values:
+        raise ConfigError(f"{origin} is of a Hugging Face model, not of a run: {ONLY_A_RUN}")
     return _build(TrainConfig(), values, origin, "")
 
 

@@ -7,6 +7,7 @@ really visits. So model FLOPs utilisation (MFU) compares useful work alone with 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from dmattn_jax.models.config import DogeConfig
@@ -20,6 +21,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "A100": 312e12,
     "A10G": 70e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "V100": 125e12,
     "Tesla T4": 65e12,
@@ -34,15 +36,16 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "TPU v6e": 918e12,
     "TPU7x": 2307e12,
 }
-"""Dense bf16 (V100, T4: fp16; TPU v2, v3: per core) peak of one JAX device, by a piece of its `device_kind`."""
+"""Dense bf16 (V100, T4: fp16; TPU v2, v3: per core) peak of one JAX device, by words of its `device_kind`."""
 
 
 def device_peak_flops(device_kind: str) -> float | None:
     """Peak operations per second of one device, or None where it is not known (every CPU).
 
-    The longest matching name wins, so `H100 PCIe` is not taken for `H100`, nor `TPU v5 lite` for `TPU v5`.
+    Whole words count, so that an `RTX A1000` is no `A100`, and the longest name wins, so that `H100 PCIe` is not taken
+    for `H100`, nor `TPU v5 lite` for `TPU v5`.
     """
-    matches = [name for name in PEAK_BF16_FLOPS if name.lower() in device_kind.lower()]
+    matches = [name for name in PEAK_BF16_FLOPS if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE)]
     return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None
 
 

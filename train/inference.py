@@ -15,6 +15,8 @@ from train.errors import ConfigError, MissingExtraError, bad_values_are_the_user
 if TYPE_CHECKING:
     from dmattn_jax.io.tokenizers import Tokenizer
 
+HIGHEST_PORT = 65535
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -174,7 +176,7 @@ def serve(
         run: A run's folder, one of its checkpoints (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf
             file, or hf:OWNER/NAME.
         host: The address to listen on; 0.0.0.0 is every one of this machine's.
-        port: The port to listen on.
+        port: The port to listen on; 0 is any that is free.
         name: The model's name in requests; by default the run's.
         slots: Requests decoded together.
         max_length: Tokens of a request at most, prompt included.
@@ -182,6 +184,8 @@ def serve(
         prefill_chunk: Prompt tokens read between two decode steps.
         best: Take the checkpoint of the lowest validation loss instead of the newest.
     """
+    if not 0 <= port <= HIGHEST_PORT:
+        raise ConfigError(f"port must be 0 … {HIGHEST_PORT}, got {port}")
     try:
         from serve.engine import Engine
         from serve.run import serve as serve_forever
@@ -252,6 +256,8 @@ def evaluate(
     from train.evaluate import evaluate as measure
 
     assert text is not None
+    if sequence_length is not None and sequence_length < 1:
+        raise ConfigError(f"sequence-length must be >= 1, got {sequence_length}")
     trained = load_trained(run, best=best)
     held_out = make_evaluation(
         DataConfig(source=text, text_field=text_field),

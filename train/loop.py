@@ -76,7 +76,7 @@ def run(
     if main_process:
         directory.lock()
     try:
-        changed = directory.adopt(config) if main_process else {}
+        changed = directory.adopt(config, plan.steps) if main_process else {}
         for name, (old, new) in changed.items():
             say(f"changed since the run began: {name} {old} -> {new}")
         with jax.set_mesh(device_mesh):

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+import os
+from pathlib import Path
 
 from train import optimizer
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.flops import count_parameters
+
+LEAST = {
+    "sequence_length": 1,
+    "accumulate": 1,
+    "seed": 0,
+    "data.shuffle_seed": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "log.every": 1,
+    "log.eval_every": 1,
+    "log.eval_batches": 1,
+    "log.sample_every": 0,
+    "log.sample_tokens": 1,
+}
+"""The smallest value of a field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +44,14 @@ def resolve(config: TrainConfig, shards: int) -> Plan:
     """Numbers for every `auto`, by N (parameters without embeddings) and D (tokens).
 
     steps: D = 20·N. batch_size: the step law's tokens, rounded to a multiple of accumulate · shards sequences.
-    Raises ConfigError for impossible numbers.
+    Raises ConfigError for impossible numbers, and for a name that is no folder of its own below runs-dir.
     """
+    _check_name(config.name)
     optimizer.validate(config.optimizer)
-    for name in ("sequence_length", "accumulate"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name.replace('_', '-')} must be >= 1, got {getattr(config, name)}")
+    for name, least in LEAST.items():
+        value = operator.attrgetter(name)(config)
+        if value < least:
+            raise ConfigError(f"{name.replace('_', '-')} must be >= {least}, got {value}")
     if config.steps != "auto" and config.steps < 1:
         raise ConfigError(f"steps must be >= 1 or auto, got {config.steps}")
     parameters = count_parameters(config.model).non_embedding
@@ -54,3 +74,10 @@ def resolve(config: TrainConfig, shards: int) -> Plan:
     rate = config.optimizer.learning_rate
     learning_rate = optimizer.step_law_learning_rate(parameters, tokens) if rate == "auto" else rate
     return Plan(learning_rate, batch_size, steps, tokens)
+
+
+def _check_name(name: str) -> None:
+    parts = Path(os.path.normpath(name)).parts
+    # nothing is left of "" and ".", which are runs-dir itself
+    if not parts or parts[0] == ".." or os.path.isabs(name):
+        raise ConfigError(f"name must be that of a folder below runs-dir, got {name!r}; choose another --name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import re
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -50,8 +51,19 @@ class FolderLock:
         self.release()
 
 
-def _not_writable(path: Path, error: OSError) -> RunDirectoryError:
-    return RunDirectoryError(f"cannot write in {path}: {error.strerror}; choose --runs-dir")
+def _not_writable(path: Path, error: OSError, fix: str = "choose --runs-dir") -> RunDirectoryError:
+    return RunDirectoryError(f"cannot write in {path}: {error.strerror}; {fix}")
+
+
+def make_writable(folder: Path, fix: str) -> None:
+    """Makes the folder, and leaves nothing in it. Raises RunDirectoryError, which ends with `fix`, when no file can be
+    written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _not_writable(folder, error, fix) from error
 
 
 class RunDirectory:
@@ -90,13 +102,15 @@ class RunDirectory:
         if later:
             self.samples.write_text(text[: later[0]], encoding="utf-8")
 
-    def adopt(self, config: TrainConfig) -> dict[str, tuple[object, object]]:
+    def adopt(self, config: TrainConfig, steps: int) -> dict[str, tuple[object, object]]:
         """Writes the configuration; on a resume, first checks that it continues the one that is there.
 
-        Returns the fields that changed and may. Raises ConfigError naming the fields that may not.
+        steps: what `config.steps` comes to. Returns the fields that changed and may. Raises ConfigError naming the
+        fields that may not, and for fewer steps than are done.
         """
         changed: dict[str, tuple[object, object]] = {}
-        if self.config.exists() and steps_in(self.checkpoints):
+        done = steps_in(self.checkpoints)
+        if self.config.exists() and done:
             changed = config_json.differences(config_json.load(self.config), config)
             fixed = [name for name in changed if not config_json.may_change_on_resume(name)]
             if fixed:
@@ -105,6 +119,11 @@ class RunDirectory:
                     f"{self.path} holds a run with another configuration, which cannot be continued: {shown}; "
                     "choose another --name, or remove the folder"
                 )
+        if done and steps < done[-1]:
+            raise ConfigError(
+                f"steps must be >= {done[-1]}, which {self.path} has done, got {steps}; "
+                "choose another --name, or remove the folder"
+            )
         fresh = self.config.with_suffix(".json.new")
         fresh.write_text(config_json.to_json(config), encoding="utf-8")
         fresh.replace(self.config)

@@ -79,6 +79,8 @@ def load_trained(path: Path, *, best: bool) -> TrainedModel:
     Raises UserError when there is no run, no whole checkpoint, or the checkpoint is of another architecture.
     """
     if not path.is_dir():
+        if path.suffix == ".gguf" or str(path).startswith("hf:"):
+            raise RunDirectoryError(f"{path} is not a run: {config_json.ONLY_A_RUN}")
         raise RunDirectoryError(f"no run at {path}: name a run's folder, such as runs/quickstart")
     single = path.name.isdecimal() and path.parent.name == "checkpoints"
     run = path.parent.parent if single else path

@@ -87,7 +87,9 @@ def capture(
 
 
 def check_dense(model: CausalDecoder) -> None:
-    """Raises: DamError unless the model's attention is dense."""
+    """Raises: DamError unless the model's attention is dense and its layers are stacked."""
+    if model.is_unrolled:
+        raise DamError("the model's layers must be stacked: take the decoder from which unrolled() made this one")
     kind = type(model.blocks.attention)
     if kind is not MultiHeadAttention:
         raise DamError(

@@ -67,7 +67,7 @@ FAMILIES = {
 
 
 def load_pretrained(
-    path_or_repo: str | os.PathLike[str], dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    path: str | os.PathLike[str], dtype: DTypeLike | None = None, mesh: Mesh | None = None
 ) -> CausalDecoder:
     """The model in a Hugging Face folder, under a hub id (`owner/name`), or in a .gguf file.
 
@@ -82,21 +82,21 @@ def load_pretrained(
     Raises: CheckpointFormatError where a file is damaged, of another architecture, or a pickle, naming file and
     tensor; HubError where the hub gives nothing; FileNotFoundError where there is no such path.
     """
-    path = local_path(path_or_repo)
+    place = local_path(path)
     name = None if dtype is None else _dtype_name(dtype)
-    if path.is_dir():
-        return _load_folder(path, name, mesh)
-    if path.suffix == ".gguf":
+    if place.is_dir():
+        return _load_folder(place, name, mesh)
+    if place.suffix == ".gguf":
         from dmattn_jax.io.gguf_model import open_gguf_model
 
-        config, specs, source, ignored = open_gguf_model(path, name or "float32")
+        config, specs, source, ignored = open_gguf_model(place, name or "float32")
         return _load(LLAMA, config, specs, source, ignored, mesh)
-    if path.suffix in PICKLES:
+    if place.suffix in PICKLES:
         raise CheckpointFormatError(
-            f"{path} may be a pickle, which can run any code when it is opened, so it is not: "
+            f"{place} may be a pickle, which can run any code when it is opened, so it is not: "
             "convert the model to safetensors where you trust it"
         )
-    raise CheckpointFormatError(f"{path} must be a folder with config.json and safetensors, or a .gguf file")
+    raise CheckpointFormatError(f"{place} must be a folder with config.json and safetensors, or a .gguf file")
 
 
 def read_config(folder: Path, dtype: str | None = None) -> tuple[Family, DogeConfig | LlamaConfig]:
@@ -159,6 +159,14 @@ def save_pretrained(
     if family is None:
         raise ValueError(f"model must be a DogeForCausalLM or a LlamaForCausalLM, got {type(model).__name__}")
     content = family.write_config(model.config)
+    specs = family.specs(model.config)
+    parameters = {_join(where): leaf[...] for where, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    if model.is_unrolled:
+        raise ValueError("model must have its layers stacked: save the decoder from which unrolled() made this one")
+    more = [_join(where) for where, _ in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))]
+    if more or parameters.keys() != {spec.parameter for spec in specs}:
+        unknown = ", ".join([*more, *sorted(parameters.keys() ^ {spec.parameter for spec in specs})][:3])
+        raise ValueError(f"model has what a config.json cannot say: {unknown}; masks are saved by themselves")
     # both spellings, for transformers before and since version 5
     content |= {"dtype": model.config.param_dtype, "torch_dtype": model.config.param_dtype}
     if tokenizer is not None:
@@ -169,8 +177,7 @@ def save_pretrained(
         raise ValueError(f"path must be a folder for a model: {folder / 'config.json'} is of something else")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    parameters = {_join(where): leaf[...] for where, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    write_tensors(folder, written_tensors(family.specs(model.config), parameters), shard_bytes)
+    write_tensors(folder, written_tensors(specs, parameters), shard_bytes)
     if tokenizer is not None:
         tokenizer.save(folder)
     fresh = folder / "config.json.new"

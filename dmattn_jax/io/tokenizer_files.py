@@ -43,21 +43,21 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         raise ValueError(f"tokenizer {path} is {error}") from None
 
 
-def load_pretrained_tokenizer(path_or_repo: str | os.PathLike[str], vocab_size: int | None = None) -> FileTokenizer:
+def load_pretrained_tokenizer(path: str | os.PathLike[str], vocab_size: int | None = None) -> FileTokenizer:
     """The tokenizer of a model's folder, hub id or .gguf file, with its chat template.
 
     vocab_size: of the model; its special tokens and all others must be in it.
     Raises: CheckpointFormatError where the tokenizer does not fit or cannot be read; FileNotFoundError, HubError.
     """
-    path = local_path(path_or_repo)
+    place = local_path(path)
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(place)
         assert isinstance(tokenizer, FileTokenizer)  # only "bytes" is another
         tokenizer.check_vocabulary(tokenizer.vocab_size if vocab_size is None else vocab_size)
     except CheckpointFormatError:
         raise
     except ValueError as error:
-        raise CheckpointFormatError(f"{path}: {error}") from None
+        raise CheckpointFormatError(f"{place}: {error}") from None
     return tokenizer
 
 

@@ -175,6 +175,8 @@ class FileTokenizer:
         (folder / "tokenizer.json").write_text(self._serialized, encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        # An earlier tokenizer's template in a file of its own would be read instead.
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any

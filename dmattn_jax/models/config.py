@@ -63,8 +63,8 @@ class DogeConfig:
         check_decoder(self)
         for name, kinds in (("attention", AttentionKind), ("gate_activation", GateActivation)):
             one_of(name, getattr(self, name), get_args(kinds))
-        windows = (self.window,) if isinstance(self.window, int) else self.window
-        if not isinstance(self.window, int) and len(windows) != self.num_kv_heads:
+        windows = self.window if isinstance(self.window, tuple) else (self.window,)
+        if isinstance(self.window, tuple) and len(windows) != self.num_kv_heads:
             raise ValueError(
                 f"window must be an int or one per kv head: expected {self.num_kv_heads} values, got {self.window}"
             )

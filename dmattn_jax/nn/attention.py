@@ -4,7 +4,8 @@
     layer.decode(x [B, T, M], cache, segment_ids=None) -> ([B, T, M], cache)   the next T tokens of each row
 
 `layer.init_cache(batch, max_length)` makes the cache. Both calls see the same keys: decoding a document in any
-chunks gives what the whole sequence gives.
+chunks gives what the whole sequence gives. Only padding amid a document is another matter for
+`SlidingWindowAttention`: in a whole sequence it takes places in the window, in a chunk none.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def block_ends(documents: Documents | None, batch: int, length: int, size: int) 
 def take_blocks(rows: Float[Array, "B S K D"], ends: Int32[Array, "B C"], size: int) -> Float[Array, "B C s K D"]:
     """The `size` rows up to each end; rows that are not there are clipped to some that are."""
     index = ends[..., None] - jnp.arange(size - 1, -1, -1)
-    flat = index.reshape(index.shape[0], -1, 1, 1)
+    flat = index.reshape(index.shape[0], index.shape[1] * size, 1, 1)
     return jnp.take_along_axis(rows, flat, axis=1, mode="clip").reshape(*index.shape, *rows.shape[2:])
 
 

@@ -64,7 +64,7 @@ class DynamicMaskGate(nnx.Module):
 
     @jax.named_scope("gate")
     def __call__(self, value: Float[Array, "B S K D"]) -> Float[Array, "B S K"]:
-        rows = value.reshape(*value.shape[:2], -1)
+        rows = value.reshape(*value.shape[:2], value.shape[2] * value.shape[3])
         score = checkpoint_name(exact_row_products(rows, self.delta[...].astype(jnp.float32)), RESIDUALS)
         exponent = self.A[...].astype(jnp.float32) * jax.nn.softplus(score)
         gate = jnp.exp(jnp.minimum(exponent, math.log(LARGEST))) if self.activation == "exp" else exponent

@@ -64,7 +64,7 @@ class CDMoE(nnx.Module):
         batch, length, hidden = x.shape
         x = x.astype(self.dtype)
         counted = jnp.ones((batch, length)) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
-        size = max(1, min(length, GATHERED_ELEMENTS // (self.chosen * hidden * batch)))
+        size = max(1, min(length, GATHERED_ELEMENTS // (self.chosen * hidden * max(1, batch))))
         padding = -length % size
         # Cut along time, so that a batch split over devices stays split.
         chunks = [
@@ -88,7 +88,9 @@ class CDMoE(nnx.Module):
             out = jnp.einsum(
                 "btk,btkm->btm", active, up[experts].astype(self.dtype), preferred_element_type=jnp.float32
             )
-            grid = jnp.einsum("bt,bta,btc->ac", weight, *probabilities, precision=jax.lax.Precision.HIGHEST)
+            # Padding may hold anything, and 0 · NaN is NaN.
+            rows, columns = (jnp.where(weight[..., None] > 0, each, 0) for each in probabilities)
+            grid = jnp.einsum("bta,btc->ac", rows, columns, precision=jax.lax.Precision.HIGHEST)
             counts = sums[1].at[experts].add(jnp.broadcast_to(weight[..., None], experts.shape))
             return (sums[0] + grid, counts), out.astype(self.dtype)
 

@@ -151,11 +151,12 @@ class NativeSparseAttention(_GroupedQueryAttention):
         # Whole selection blocks, so that the blocks of the cache are its slots in order.
         capacity = -(-max_length // self.selection_block) * self.selection_block
         sizes = (self.num_kv_heads, self.head_dim)
-        compressed = jnp.zeros((batch, capacity // self.compression_block, *sizes), self.dtype)
+        blocks = (batch, capacity // self.compression_block, *sizes)
         return NativeSparseCache(
             DenseCache.create(batch, capacity, *sizes, dtype=self.dtype),
-            compressed,
-            compressed,
+            # Not one array twice: a cache can be donated.
+            jnp.zeros(blocks, self.dtype),
+            jnp.zeros(blocks, self.dtype),
             WindowCache.create(batch, self.windows, *sizes, max_length=max_length, dtype=self.dtype),
         )
 

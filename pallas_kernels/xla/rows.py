@@ -114,7 +114,7 @@ class IdentityBlocks(_Blocks):
         alive = intervals.start < intervals.end
         block = jnp.arange(self.capacity) // self.size
         earliest = jnp.where(alive, intervals.start, jnp.iinfo(jnp.int32).max).min((0, 1))
-        latest = jnp.where(alive, intervals.end, 0).max((0, 1))
+        latest = jnp.where(alive, intervals.end, jnp.iinfo(jnp.int32).min).max((0, 1))
         self.earliest = jax.ops.segment_min(earliest, block, self.count, indices_are_sorted=True)
         self.latest = jax.ops.segment_max(latest, block, self.count, indices_are_sorted=True)
 
@@ -132,7 +132,8 @@ class IdentityBlocks(_Blocks):
             for array in (self.intervals.start, self.intervals.end)
         )
         own = first + jnp.arange(self.size) >= block * self.size
-        return isolate_non_finite(Rows(key, value, bias, start, jnp.where(own, end, 0)))
+        # Not an end of 0: where there are more queries than keys, the first ones are at positions before 0.
+        return isolate_non_finite(Rows(key, value, bias, start, jnp.where(own, end, start)))
 
 
 def key_blocks(key, value, bias, intervals: Intervals, blocks: BlockSizes) -> ListBlocks | IdentityBlocks:

@@ -46,9 +46,10 @@ def needle(
     from train.experiments.retrieval_tasks import needle_is_right
 
     grid.check()
+    output = _output_folder(model, output)
     opened = _open(model, best)
     ask = needles(opened.tokenizer, haystack, grid)
-    return _retrieve("needle", model, opened, ask, needle_is_right, grid, output, max_minutes)
+    return _retrieve("needle", opened, ask, needle_is_right, grid, output, max_minutes)
 
 
 def longeval(
@@ -75,9 +76,10 @@ def longeval(
     from train.experiments.retrieval_tasks import lines_is_right, lines_question
 
     grid.check()
+    output = _output_folder(model, output)
     opened = _open(model, best)
     ask = functools.partial(lines_question, opened.tokenizer, seed=grid.seed)
-    return _retrieve("longeval", model, opened, ask, lines_is_right, grid, output, max_minutes)
+    return _retrieve("longeval", opened, ask, lines_is_right, grid, output, max_minutes)
 
 
 def needles(tokenizer: Tokenizer, haystack: str, grid: Grid) -> Callable[[int, float, int], Question]:
@@ -110,6 +112,16 @@ def answers_of(model: CausalDecoder, tokenizer: Tokenizer, prefill_chunk: int | 
     return answer
 
 
+def _output_folder(model: Path, output: Path | None) -> Path:
+    """Where to write, there already. Raises RunDirectoryError when nothing can be written there."""
+    from train.run_directory import make_writable
+
+    if output is None:
+        output = model if (model / "checkpoints").is_dir() else Path()
+    make_writable(output, "choose another --output")
+    return output
+
+
 def _open(model: Path, best: bool) -> OpenedModel:
     from train.run_files import open_model
 
@@ -118,20 +130,17 @@ def _open(model: Path, best: bool) -> OpenedModel:
 
 def _retrieve(
     task: str,
-    path: Path,
     opened: OpenedModel,
     ask: Callable[[int, float, int], Question],
     is_right: Callable[[Question, str], bool],
     grid: Grid,
-    output: Path | None,
+    output: Path,
     max_minutes: float | None,
 ) -> int:
     from train.experiments.deadline import Deadline
     from train.experiments.retrieval import measure
 
     answer = answers_of(opened.model, opened.tokenizer)
-    if output is None:
-        output = path if (path / "checkpoints").is_dir() else Path()
     deadline = Deadline(max_minutes)
     result = measure(task, opened.name, ask, answer, is_right, grid, output, deadline)
     for length, row in zip(result.get("lengths", ()), result.get("accuracy", ()), strict=True):
