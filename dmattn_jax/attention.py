@@ -46,7 +46,9 @@ def dynamic_mask_attention(
     causal: False makes one choice a document, of its `window` largest gates, visible to all of its queries.
     segment_ids: [B, S] int; numbers the documents of packed rows, 0 is padding: never visible, output 0.
     scale: factor on q·k; 1/√D by default.
-    implementation: None takes the best that runs here (`explain()` says which), else its name.
+    implementation: None takes the best that runs here (`explain()` says which), else its name. A kernel is a program
+      for one device: of arrays that are split over several, call it inside `jax.shard_map`, as the layers of `nn` do
+      under `jax.set_mesh`; else the compiler brings all of them to every device.
 
     Returns [B, T, H, D] in query's dtype; 0, with no gradient, for a query that sees no key.
     Raises: ValueError or TypeError that names the argument, before anything is traced.

@@ -16,8 +16,9 @@ Promises, for every implementation, forward and backward:
 - A query that no key is visible to gives out 0 and no gradient.
 - Products accumulate in float32 (float64 for float64 inputs); the bias is added in that type.
 - Results do not depend on what masked places hold, NaN included. A key row with a non-finite key or value,
-  or a NaN bias, makes NaN of the queries that see it and of nothing else; gradients stay clean in documents that
-  hold no such row. A query or a cotangent of an output that is not finite may make NaN of the gradients of any key.
+  or a bias of NaN or +inf, makes NaN of the queries that see it and of nothing else; gradients stay clean in
+  documents that hold no such row. Kernels may count a bfloat16 key or value of 2^100 or more as not finite. A query or
+  a cotangent of an output that is not finite may make NaN of the gradients of any key.
 - The same inputs give bitwise the same outputs.
 
 Axis letters: B batch, T query time, S key time, H query heads, K kv heads, G = H/K, D head dim, E epochs,

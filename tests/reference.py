@@ -197,3 +197,38 @@ def residue(case: Case, dtype: str) -> float:
     if dtype == "float32":
         return 0.0
     return float(jnp.finfo(dtype).eps) * float(np.abs(case.value).max() * np.abs(case.cotangent).max())
+
+
+def check_hidden_numbers(implementation: str, window: int, packed: bool) -> None:
+    """What is hidden by a gate, as padding, or in another document may be so large that its products are infinite."""
+    case = rounded(make_case(batch=1, keys=131, kv_heads=2, dim=64, window=window, gate="holes"), "bfloat16")
+    ids = np.repeat([1, 0, 2], [50, 20, 61])[None].astype(np.int32) if packed else None
+    case = Case(*case.arrays, case.cotangent, window, ids)
+    hidden, kept = np.isneginf(case.gate), slice(None)
+    if packed:
+        hidden, kept = hidden | (ids != 2)[..., None], slice(70, None)
+    # Of one sign, so that infinities add up.
+    arrays = [np.where(hidden[..., None], 3e38, np.abs(array)) for array in (case.key, case.value)]
+    clean, large = (
+        run(
+            Case(np.abs(case.query), *pair, case.gate, case.cotangent, window, ids),
+            "bfloat16",
+            implementation=implementation,
+        )
+        for pair in ([np.where(hidden[..., None], 0, array) for array in arrays], arrays)
+    )
+    for name, left, right in zip(NAMES, large, clean, strict=True):
+        assert np.isfinite(np.asarray(right, np.float32)).all()
+        np.testing.assert_array_equal(left[:, kept], right[:, kept], err_msg=name)
+
+
+def check_gates_of_any_size(implementation: str, window: int) -> None:
+    """Only −inf hides, and only +inf and NaN make NaN."""
+    case = rounded(make_case(batch=1, keys=37, kv_heads=2, dim=64, window=window), "bfloat16")
+    most = float(np.finfo(np.float32).max)
+    one = np.zeros_like(case.gate)
+    one[0, 5] = most
+    for gate in (np.full_like(case.gate, -1e31), np.full_like(case.gate, -most), np.full_like(case.gate, most), one):
+        large = Case(case.query, case.key, case.value, gate, case.cotangent, window)
+        got = run(large, "bfloat16", implementation=implementation)[:1]
+        assert_close(got, truth(large)[:1], ratio=RATIO["bfloat16"], each=EACH["bfloat16"])

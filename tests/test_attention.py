@@ -14,6 +14,8 @@ from reference import (
     Case,
     assert_close,
     check,
+    check_gates_of_any_size,
+    check_hidden_numbers,
     dtype_of,
     make_case,
     residue,
@@ -294,6 +296,16 @@ def test_masked_places_may_hold_anything(implementation, window, packed, bad):
     dirty = Case(padded_query, dirty_key, dirty_value, case.gate, padded_cotangent, window, ids)
     for left, right in zip(evaluate(dirty, implementation), evaluate(clean, implementation), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(("window", "packed"), [(17, True), (17, False), (131, False)])
+def test_hidden_numbers_may_be_as_large_as_any(implementation, window, packed):
+    check_hidden_numbers(implementation, window, packed)
+
+
+@pytest.mark.parametrize("window", [5, 37])
+def test_gates_may_be_as_large_as_any(implementation, window):
+    check_gates_of_any_size(implementation, window)
 
 
 @pytest.mark.parametrize("window", [17, 500])

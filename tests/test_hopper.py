@@ -1,6 +1,7 @@
 """What of the Hopper implementation runs or lowers without a GPU: selection, slot tables, sums, and all kernels."""
 
 import dataclasses
+from functools import partial
 
 import each_kernel
 import jax
@@ -33,7 +34,6 @@ from pallas_kernels.gpu.list_rows import listed_rows
 from pallas_kernels.gpu.ranked import nth_set_bit, set_bits
 from pallas_kernels.gpu.tiles import (
     BLOCK_Q,
-    LOG2E,
     Rows,
     gather_rows,
     key_walks,
@@ -41,6 +41,7 @@ from pallas_kernels.gpu.tiles import (
     visits_of_keys,
     visits_of_queries,
 )
+from pallas_kernels.powers_of_two import LOG2E
 
 BATCH, HEADS = 2, 3
 
@@ -110,6 +111,14 @@ def test_rows_of_a_key_or_two_are_counted(length):
     gate, zeros = jnp.asarray([[[1.0, 2.0][:length]]]), jnp.zeros((1, length), jnp.int32)
     expiry = expiry_by_counting(gate, (1,), zeros, zeros + length)
     assert expiry.tolist() == [[[1, 2][:length]]]
+
+
+def test_windows_beyond_32_bits_are_counted():
+    gate = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 300)), jnp.float32)
+    many, row = (
+        jax.jit(partial(expiry_by_counting, windows=(1, 50, w), start=None, end=None))(gate) for w in (2**31, 300)
+    )
+    np.testing.assert_array_equal(many, row)
 
 
 def test_longer_rows_are_not_counted():
@@ -371,6 +380,34 @@ def test_every_kernel_lowers_for_cuda(monkeypatch, queries, keys, window, dim, d
     # Three of attention; where some keys are hidden, also the one that counts, or with lists merges, tables and sums.
     least, most = {257: (3, 3), 300: (4, 4), 100: (14, 40)}[window]
     assert least <= kernels <= most, f"{kernels} kernels"
+
+
+def test_a_gate_in_float64_lowers_with_lists(monkeypatch):
+    monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
+    with jax.enable_x64(True):
+        array, gate = jnp.zeros((1, 1500, 1, 64), jnp.bfloat16), jnp.zeros((1, 1500, 1), jnp.float64)
+        run = jax.jit(partial(dynamic_mask_attention, window=64, implementation="mosaic_gpu"))
+        text = run.trace(array, array, array, gate).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.custom_call @mosaic_gpu" in text
+
+
+def test_no_shape_has_more_programs_than_cuda_launches(monkeypatch):
+    """The last axis of a grid is CUDA's first, and may be long; the others have at most 65,535."""
+    monkeypatch.setitem(MOSAIC_GPU.__dict__, "unavailable", lambda: None)
+    kernel, grids = scratch.plgpu.kernel, []
+
+    def recorded(body, *args, grid, **options):
+        grids.append(grid)
+        return kernel(body, *args, grid=grid, **options)
+
+    monkeypatch.setattr(scratch.plgpu, "kernel", recorded)
+    shape = (1, 1 << 20, 1, 128)
+    arrays = (*[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3, jax.ShapeDtypeStruct(shape[:3], jnp.float32))
+    jax.eval_shape(
+        lambda *arrays: jax.vjp(partial(dynamic_mask_attention, window=32_768), *arrays)[1](arrays[0]), *arrays
+    )
+    assert max(grid[-1] for grid in grids) > 65_535
+    assert all(size <= 65_535 for grid in grids for size in grid[:-1])
 
 
 @pytest.mark.parametrize("name", each_kernel.CASES)

@@ -10,7 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_interpreter import AVAILABLE, interpret, interpret_gathers
-from reference import EACH, RATIO, assert_close, make_case, residue, rms_ratio, rounded, run, truth
+from reference import (
+    EACH,
+    RATIO,
+    assert_close,
+    check_gates_of_any_size,
+    check_hidden_numbers,
+    make_case,
+    residue,
+    rms_ratio,
+    rounded,
+    run,
+    truth,
+)
 from test_decoding import KERNEL_CASES, STEPS, check, evicted_nan, make_step, odd_gates, without_nan
 from test_head_gradients import CASES as HEAD_CASES
 from test_head_gradients import check_head_gradients
@@ -98,6 +110,13 @@ def test_nan_under_a_mask_stays_there_under_the_interpreter(monkeypatch, place, 
     for left, right in zip(got, without, strict=True):
         assert np.isfinite(np.asarray(left, np.float32)).all()
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(("window", "packed"), [(17, True), (131, False)] if AVAILABLE else ())
+def test_large_numbers_under_the_interpreter(monkeypatch, window, packed):
+    interpret(monkeypatch)
+    check_hidden_numbers("mosaic_gpu", window, packed)
+    check_gates_of_any_size("mosaic_gpu", 37 if window > 37 else 5)
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(64, "float16"), (192, "bfloat16")] if AVAILABLE else ())

@@ -164,7 +164,8 @@ def test_a_gate_may_learn_at_another_rate(change):
     assert (published[gate] != 0).all()
     np.testing.assert_allclose(changed.pop(gate), GATE_RATES[change] * published.pop(gate), rtol=1e-5)
     for name, moved in published.items():
-        np.testing.assert_array_equal(changed[name], moved)
+        # All move by 0.01 or so; two programs may round parameters of 1 otherwise, in their last bit.
+        np.testing.assert_allclose(changed[name], moved, rtol=1e-5, atol=2**-22, err_msg=name)
 
 
 def test_a_late_gate_learns_after_a_third_of_the_steps():

@@ -22,7 +22,8 @@ class Mask(nnx.Variable):
 class PatternAttention(MultiHeadAttention):
     """softmax(qkᵀ/√d)v over the keys that `Patterns` show (arXiv 2506.11104); the projections are a dense layer's.
 
-    patterns: of this layer, or of all layers of a stack, with one more axis in front.
+    patterns: of this layer, or of all layers of a stack, with one more axis in front. Padding amid a document takes
+      places in whole sequences, where the mask counts them, and none in decoding.
     """
 
     def __init__(self, dense: MultiHeadAttention, patterns: Patterns):

@@ -24,8 +24,8 @@ from pallas_kernels.gpu.device import multiprocessors, unavailable
 from pallas_kernels.gpu.pipeline import load_as, load_vector
 from pallas_kernels.gpu.scratch import HALF_TILE, SINGLE_TILE
 from pallas_kernels.gpu.softmax import UNSEEN
-from pallas_kernels.gpu.tiles import LOG2E
 from pallas_kernels.order import TAKEN, order_of, sortable
+from pallas_kernels.powers_of_two import LOG2E, base_2
 
 ROWS = 64
 """Rows of a warpgroup's product: query heads of one kv head, at most."""
@@ -144,12 +144,13 @@ def step(query, key, value, gate, position, slots: Slots, *, windows, scale):
 
             scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, TILE), jnp.float32))
             shape = scores.shape
-            bias = lax.broadcast_in_dim(load_vector(gate_ref.at[row, head, pl.ds(at, TILE)], by_column), shape, [1])
+            gates = base_2(load_vector(gate_ref.at[row, head, pl.ds(at, TILE)], by_column))
+            bias = lax.broadcast_in_dim(gates, shape, [1])
             place = lax.broadcast_in_dim(load_vector(place_ref.at[row, head, pl.ds(at, TILE)], by_column), shape, [1])
             column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + at
-            bias = jnp.where(column == slot, gate_here, bias)
+            bias = jnp.where(column == slot, base_2(gate_here), bias)
             place = jnp.where(column == slot, place_here, place)
-            scores = jnp.where(place != EMPTY, scores * factor + bias * LOG2E, -jnp.inf)
+            scores = jnp.where(place != EMPTY, scores * factor + bias, -jnp.inf)
             new = jnp.maximum(shift, scores.max(axis=1))
             rescale = jnp.exp2(shift - new)
             weights = jnp.exp2(scores - lax.broadcast_in_dim(new, shape, [0]))

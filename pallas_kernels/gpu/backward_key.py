@@ -24,6 +24,7 @@ from pallas_kernels.gpu.key_consumers import Part, Program, Steps, Streams, cons
 from pallas_kernels.gpu.pipeline import produce
 from pallas_kernels.gpu.scratch import HALF_TILE, SINGLE_TILE, PassSizes, Scratch, warp_specialized
 from pallas_kernels.gpu.tiles import Rows, visits_of_keys
+from pallas_kernels.gpu.tree import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,9 @@ def key_gradients(
     def body(q_ref, do_ref, stats_ref, k_ref, v_ref, meta_ref, walks_ref, dbias_ref, *targets, scratch):
         (k_smem, v_smem, meta_smem, q_smem, do_smem, stats_smem, out_smem, bias_smem), barriers = scratch
         own, q_full, do_full, stats_full, q_free, do_free, stats_free = barriers
-        # The last axis of the grid runs fastest: the first tiles, which most queries see, begin first.
-        tile, item, line = lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("line")
+        # The first tiles, which most queries see, begin first. One axis: CUDA allows no other 65,536 programs.
+        rest, line = split(lax.axis_index("program"), kv_heads * parts)
+        tile, item = split(rest, batch)
         kv_head = lax.div(line, jnp.int32(parts))
         thread = lax.axis_index("thread")
         epoch_first = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.epoch_size
@@ -191,8 +193,8 @@ def key_gradients(
             jax.ShapeDtypeStruct((batch, kv_heads * parts, length), jnp.float32),
             *[jax.ShapeDtypeStruct((batch, length, kv_heads * parts, width), out)] * (2 * dim // width),
         ],
-        grid=(length // block_k, batch, kv_heads * parts),
-        grid_names=("tile", "batch", "line"),
+        grid=(length // block_k * batch * kv_heads * parts,),
+        grid_names=("program",),
     )(query, dout, stats, rows.key, rows.value, rows.meta, walks)
     if parts > 1:
         gradients = [array.reshape(batch, length, kv_heads, parts, width).sum(3) for array in gradients]

@@ -24,7 +24,9 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.gpu.masks import BIAS, of_keys, visible
 from pallas_kernels.gpu.pipeline import load_vector, produce
 from pallas_kernels.gpu.scratch import HALF_TILE, PassSizes, Scratch, warp_specialized
-from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile, visits_of_queries
+from pallas_kernels.gpu.tiles import BLOCK_Q, Rows, check_key_tile, visits_of_queries
+from pallas_kernels.gpu.tree import split
+from pallas_kernels.powers_of_two import LOG2E
 
 HALF = BLOCK_Q // 2
 
@@ -97,8 +99,10 @@ def query_gradient(
         q_smem, do_smem, *stats_smem = buffers[: 2 if sizes.loads_statistics else 3]
         k_smem, v_smem, meta_smem, *lack_smem = buffers[2 + len(stats_smem) :]
         own, k_full, v_full, meta_full, k_free, v_free, meta_free = barriers
-        # The last axis of the grid runs fastest: heads that share keys together, and the long last tiles first.
-        tile, item, head = tiles - 1 - lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
+        # Heads that share keys together, and the long last tiles first. One axis: CUDA allows no other 65,536 programs.
+        rest, head = split(lax.axis_index("program"), heads)
+        number, item = split(rest, batch)
+        tile = tiles - 1 - number
         thread = lax.axis_index("thread")
         kv_head = lax.div(head, jnp.int32(group))
         base = lax.div(tile, jnp.int32(tiles_per_epoch)) * rows.capacity
@@ -203,7 +207,7 @@ def query_gradient(
         body,
         sizes.scratch(dtype),
         out_type=[jax.ShapeDtypeStruct(query.shape, dtype), *([each_query] if knows_lack(dtype) else [])],
-        grid=(tiles, batch, heads),
-        grid_names=("tile", "batch", "head"),
+        grid=(tiles * batch * heads,),
+        grid_names=("program",),
     )(query, dout, stats, rows.key, rows.value, rows.meta, runs)
     return dquery, *(lack or [None])

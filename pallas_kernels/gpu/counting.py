@@ -52,6 +52,7 @@ def expiry_by_counting(
     batch, heads, length = gate.shape
     if length > MOST_KEYS:
         raise ValueError(f"a row must have at most {MOST_KEYS:,} keys to be counted, got {length:,}")
+    windows = tuple(min(window, length) for window in windows)
     rows, blocks = batch * heads, -(-length // (AT_ONCE * BLOCK)) * AT_ONCE
     # What a kernel would read beside the gates, where it is not one number.
     documents = () if start is None or end is None else (start, end)

@@ -26,7 +26,8 @@ from pallas_kernels.gpu.masks import BIAS, of_keys, visible
 from pallas_kernels.gpu.pipeline import Pieces, produce
 from pallas_kernels.gpu.scratch import HALF_TILE, PassSizes, Scratch, warp_specialized
 from pallas_kernels.gpu.softmax import Slots, attend_tiles, normalised
-from pallas_kernels.gpu.tiles import BLOCK_Q, LOG2E, Rows, check_key_tile, visits_of_queries
+from pallas_kernels.gpu.tiles import BLOCK_Q, Rows, check_key_tile, visits_of_queries
+from pallas_kernels.powers_of_two import LOG2E
 
 HALF = BLOCK_Q // 2
 

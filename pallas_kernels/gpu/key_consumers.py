@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.masks import visible
 from pallas_kernels.gpu.pipeline import load_as, load_vector
-from pallas_kernels.gpu.tiles import LOG2E
+from pallas_kernels.powers_of_two import LOG2E
 
 KEYS = 64
 """Keys of one warpgroup's products."""

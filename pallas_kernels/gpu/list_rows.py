@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.gpu.gathers import WARPGROUP, iota, launch, read
 from pallas_kernels.gpu.tree import split
@@ -28,6 +28,9 @@ VECTORS = 8 * WARPGROUP
 """So many at once a program and array: eight for each thread, whose reads overlap."""
 PART = 64
 """What head sizes are multiples of, so that the threads of a row, or of each of its parts, are neighbours in a warp."""
+LARGEST = 2.0**100
+"""Keys and values of this size count as not finite: their products may be infinite, and 0, the weight of a hidden pair,
+times infinity is NaN."""
 SLOTS = VECTORS * WIDTH // PART
 """What slots are multiples of, so that every program is full."""
 
@@ -35,7 +38,7 @@ SLOTS = VECTORS * WIDTH // PART
 def listed_rows(
     key: Float[Array, "B S K D"], value: Float[Array, "B S K D"], index: Int32[Array, "B K R"], granule: int
 ) -> tuple[Float[Array, "B R K D"], Float[Array, "B R K D"], Int32[Array, "B R K"]]:
-    """Rows index of keys and values, with 0 for each number that is not finite, and what is not 0 if a row had any.
+    """Rows index of keys and values, with 0 where `is_number` does not hold, and what is not 0 if a row had such.
 
     index >= S: an empty slot, whose row is 0. On a GPU nothing is written where `granule` slots are empty from the
     first on, so there rows are whatever was in memory; no kernel visits them. Half precision, D a multiple of PART.
@@ -52,13 +55,18 @@ def listed_rows(
     return lax.platform_dependent(key, value, index, cuda=kernel, default=_portable)
 
 
+def is_number(array: Float[Array, "*n"]) -> Bool[Array, "*n"]:
+    """Whether numbers of keys and values are finite, and below LARGEST."""
+    return jnp.abs(array) < LARGEST if float(jnp.finfo(array.dtype).max) > LARGEST else jnp.isfinite(array)
+
+
 def _portable(key, value, index):
     length = key.shape[1]
     own = jnp.moveaxis(index, 1, 2)[..., None]
     rows = [jnp.take_along_axis(array, jnp.minimum(own, length - 1), axis=1) for array in (key, value)]
-    finite = [jnp.isfinite(array) for array in rows]
-    rows = [jnp.where((own < length) & there, array, 0) for array, there in zip(rows, finite, strict=True)]
-    broken = ~(finite[0] & finite[1]).all(-1)
+    sound = [is_number(array) for array in rows]
+    rows = [jnp.where((own < length) & there, array, 0) for array, there in zip(rows, sound, strict=True)]
+    broken = ~(sound[0] & sound[1]).all(-1)
     return *rows, ((own[..., 0] < length) & broken).astype(jnp.int32)
 
 
@@ -100,8 +108,9 @@ def _copy(sources: Any, targets: Any, marks: Any, *places: Any, team: int) -> No
     """
     layout = plgpu.Layout.WG_STRIDED(places[0].shape, vec_size=1)
     half = sources[0].dtype
-    # Of a number that is not finite the exponent's bits are all set: one more at their lowest reaches the sign.
-    exponent, lowest = (0x7F80, 0x0080) if half == jnp.bfloat16 else (0x7C00, 0x0400)
+    # Exponents from that of LARGEST on reach the sign when what is missing is added: 2^100 has 227 of 255 in bfloat16,
+    # and of float16 only what is not finite has all bits set.
+    exponent, missing = (0x7F80, (256 - 227) << 7) if half == jnp.bfloat16 else (0x7C00, 0x0400)
 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 5, *[layout] * len(places)))
     def copy(_, key, value, key_out, value_out, marks, *places):
@@ -128,7 +137,7 @@ def _copy(sources: Any, targets: Any, marks: Any, *places: Any, team: int) -> No
         def clean(array, filled):
             """The words of a vector with zeros for what is not finite, and which halves those were, in sign bits."""
             array = arith.select(filled, vector.bitcast(words, array), splat(0))
-            over = arith.andi(arith.addi(arith.andi(array, both(exponent)), both(lowest)), both(0x8000))
+            over = arith.andi(arith.addi(arith.andi(array, both(exponent)), both(missing)), both(0x8000))
             broken = arith.muli(arith.shrui(over, splat(15)), splat(0xFFFF))
             return arith.andi(array, arith.xori(broken, splat(0xFFFFFFFF))), over
 

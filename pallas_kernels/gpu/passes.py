@@ -12,7 +12,8 @@ from pallas_kernels.gpu.backward_query import query_gradient
 from pallas_kernels.gpu.config import HopperBlockSizes
 from pallas_kernels.gpu.epoch_sums import sum_over_epochs
 from pallas_kernels.gpu.forward import attend
-from pallas_kernels.gpu.tiles import LOG2E, gather_rows, key_walks, padded_length, query_runs
+from pallas_kernels.gpu.tiles import gather_rows, key_walks, padded_length, query_runs
+from pallas_kernels.powers_of_two import LOG2E
 
 
 def forward(

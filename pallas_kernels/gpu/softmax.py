@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Where nothing has been seen yet: finite, so that differences of it are 0 and not NaN.
-UNSEEN = -1e30
+# Where nothing has been seen yet: finite, so that differences of it are 0 and not NaN, and below all logits.
+UNSEEN = -3e38
 
 
 class Slots(NamedTuple):

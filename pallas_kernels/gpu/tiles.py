@@ -6,7 +6,6 @@ of any length, and exact to 2^24 in the identity layout.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,14 +19,16 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import EpochLists, Intervals
 from pallas_kernels.gpu.gathers import gathered_lines
-from pallas_kernels.gpu.list_rows import listed_rows
+from pallas_kernels.gpu.list_rows import is_number, listed_rows
 from pallas_kernels.gpu.tree import split
+from pallas_kernels.powers_of_two import base_2
 
-LOG2E = math.log2(math.e)
 BLOCK_Q = 128
 """Queries of a tile: a warpgroup's matrix product has 64 rows, and two of them share a tile."""
 GRANULE = 128
 """Slots that the parts of a list are multiples of: the most keys of a tile."""
+LAST_POSITION = 1 << 24
+"""Up to here float32 knows every position."""
 KEY_BY_KEY = 2048
 """Keys of a row up to which `query_runs` looks at each of them for each tile of queries."""
 
@@ -134,14 +135,16 @@ def gather_rows(
 def _all_rows(key, value, bias, intervals: Intervals, *, queries: int) -> Rows:
     """The identity layout: keys and values as they are, but for whole tiles."""
     length = key.shape[1]
-    # In a kernel of its own: where it is fused with the stacking of what a key has, each number looks at a whole row.
-    finite = lax.optimization_barrier((jnp.isfinite(key) & jnp.isfinite(value)).all(-1))
-    # What −inf hides is hidden whatever it holds.
-    bias = jnp.where(finite | jnp.isneginf(bias), bias * LOG2E, jnp.nan)
-    # Element by element, which fuses with what makes the array; the row's bias is NaN all the same.
-    key, value = (jnp.where(jnp.isfinite(array), array, 0) for array in (key, value))
     offset = length - queries
     epoch_size = padded_length(queries)
+    if epoch_size > LAST_POSITION:
+        raise ValueError(f"a row without lists has at most {LAST_POSITION:,} queries on a GPU, got {queries:,}")
+    # In a kernel of its own: where it is fused with the stacking of what a key has, each number looks at a whole row.
+    whole_rows = lax.optimization_barrier((is_number(key) & is_number(value)).all(-1))
+    # What −inf hides is hidden whatever it holds.
+    bias = jnp.where(whole_rows | jnp.isneginf(bias), base_2(bias), jnp.nan)
+    # Element by element, which fuses with what makes the array; the row's bias is NaN all the same.
+    key, value = (jnp.where(is_number(array), array, 0) for array in (key, value))
     ends = jnp.full_like(intervals.end, length) if intervals.ends_with_row else intervals.end
     bounds = (jnp.moveaxis(array, 1, 2) - offset for array in (intervals.start, ends))
     start, end = (jnp.clip(array, -1, epoch_size + 1) for array in bounds)
@@ -172,7 +175,7 @@ def _listed_rows(key, value, bias, intervals: Intervals, lists: EpochLists, *, q
         own = index(n)
         filled, own = own < length, jnp.minimum(own, length - 1)
         at = line * length + own
-        bias = biases((item * length + own) * kv_heads + head) * LOG2E
+        bias = base_2(biases((item * length + own) * kv_heads + head).astype(jnp.float32))
         bias = jnp.where(marks((item * count + slot) * kv_heads + head) != 0, jnp.nan, bias)
         bias = jnp.where(filled, bias, 0.0)
         start = starts[0](at) if starts else own

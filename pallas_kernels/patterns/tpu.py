@@ -19,11 +19,12 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from pallas_kernels.patterns.contract import Implementation, Kept, Patterns
 from pallas_kernels.patterns.whole_rows import whole_rows
+from pallas_kernels.powers_of_two import LOG2E
 from pallas_kernels.tpu import config
 from pallas_kernels.tpu.config import LANES, compiler_params, interpret_mode
 from pallas_kernels.tpu.passes import by_head, by_token, pad_heads
 from pallas_kernels.tpu.softmax import OnlineSoftmax
-from pallas_kernels.tpu.tiles import LOG2E, NT, product
+from pallas_kernels.tpu.tiles import NT, product
 from pallas_kernels.tpu.vmem import pattern_bytes
 
 MAX_ROWS = 1024
@@ -251,7 +252,7 @@ def _visits(diagonals: Bool[Array, "K R"], mapped, size: int, distances: int, co
 def _finite(key, value, token):
     """0 · NaN is NaN: what is not finite moves into a bias that only the queries that see the row read."""
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
-    key, value = (jnp.where(finite[..., None], array, 0) for array in (key, value))
+    key, value = (jnp.where((finite & token[..., None])[..., None], array, 0) for array in (key, value))
     bias = jnp.where(token[..., None], jnp.where(finite, 0.0, jnp.nan), -jnp.inf)
     return key, value, jnp.moveaxis(bias.astype(jnp.float32), 2, 1)
 

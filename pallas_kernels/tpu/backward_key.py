@@ -16,9 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import EpochLists
+from pallas_kernels.powers_of_two import LOG2E
 from pallas_kernels.tpu.config import LANES, TpuBlockSizes, compiler_params, interpret_mode
 from pallas_kernels.tpu.stream import tile_ranges
-from pallas_kernels.tpu.tiles import LOG2E, NN, NT, Rows, columns, fold_lanes, parts, product, walk
+from pallas_kernels.tpu.tiles import NN, NT, Rows, columns, fold_lanes, parts, product, walk
 from pallas_kernels.tpu.vmem import dkey_bytes
 
 WIDE = 2 * LANES

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.contract import BlockSizes, EpochLists, Intervals, Normalizer
+from pallas_kernels.powers_of_two import LOG2E, base_2
 from pallas_kernels.tpu.backward_key import key_gradients
 from pallas_kernels.tpu.backward_query import query_gradient
 from pallas_kernels.tpu.config import LANES, TpuBlockSizes
 from pallas_kernels.tpu.forward import attend
 from pallas_kernels.tpu.stream import from_planes, stream_rows, to_planes
-from pallas_kernels.tpu.tiles import LOG2E, Rows, make_rows, padded_length
+from pallas_kernels.tpu.tiles import Rows, make_rows, padded_length
 from pallas_kernels.xla.rows import take_slots
 
 
@@ -122,7 +123,7 @@ def lay_rows(key, value, bias, intervals: Intervals, *, queries: int, sizes: Tpu
     batch, length, kv_heads = key.shape[:3]
     lists, offset = intervals.lists, length - queries
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
-    bias = jnp.moveaxis(jnp.where(finite, bias.astype(jnp.float32) * LOG2E, jnp.nan), 2, 1)
+    bias = jnp.moveaxis(jnp.where(finite, base_2(bias.astype(jnp.float32)), jnp.nan), 2, 1)
     # 0 · NaN is NaN: a row that holds one keeps it in its bias, which only queries that see the row read.
     key, value = (pad_heads(jnp.moveaxis(jnp.where(finite[..., None], array, 0), 2, 1)) for array in (key, value))
     start, end = intervals.start - offset, intervals.end - offset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.powers_of_two import LOG2E
 from pallas_kernels.tpu.config import LANES, TpuBlockSizes
-
-LOG2E = math.log2(math.e)
 
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
