@@ -410,7 +410,10 @@ def test_no_shape_has_more_programs_than_cuda_launches(monkeypatch):
     assert all(size <= 65_535 for grid in grids for size in grid[:-1])
 
 
-@pytest.mark.parametrize("name", each_kernel.CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "listed" else name for name in each_kernel.CASES],
+)
 def test_the_program_for_sanitizers(name):
     """With the portable path in the kernels' place, and where there are none."""
     assert each_kernel.error(name, "xla") <= each_kernel.BAR
