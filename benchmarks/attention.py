@@ -26,9 +26,9 @@ from benchmarks import record, torch_peers
 from benchmarks.device_clock import measure
 from benchmarks.gates import MADE_UP, Gate, make_gates
 from benchmarks.kernel_times import Breakdown, profile
+from benchmarks.option_checks import check_groups, check_positive
 from dmattn_jax import dynamic_mask_attention, explain, select_keys
 from dmattn_jax.attention import choose_intervals
-from dmattn_jax.models.field_checks import at_least
 from dmattn_jax.oracle import attention_oracle
 from pallas_kernels import IMPLEMENTATIONS, Implementation, Intervals
 from train.flops import visible_pairs
@@ -71,13 +71,10 @@ class Options:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "windows", "batch", "heads", "kv_heads", "head_dim", "repeats"):
-            for value in np.atleast_1d(getattr(self, name)).tolist():
-                at_least(name, value, 1)
+        check_positive(self, "lengths", "windows", "batch", "heads", "kv_heads", "head_dim", "repeats")
         if len(self.lengths) != len(self.windows):
             raise ValueError(f"lengths and windows are pairs, got {len(self.lengths)} and {len(self.windows)} of them")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        check_groups(self)
         if "trained" in self.gates and self.checkpoint is None:
             raise ValueError("gates 'trained' needs --checkpoint")
         if self.checkpoint is not None and not self.checkpoint.is_dir():

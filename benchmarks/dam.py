@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import tyro
 from flax import nnx
 
 from benchmarks import record
+from benchmarks.option_checks import check_positive
 from dmattn_jax import explain
 from dmattn_jax.dam import DamError, Masks, apply_masks, load_masks, windows_and_sinks
 from dmattn_jax.io.errors import CheckpointFormatError, HubError
@@ -63,9 +63,7 @@ class Options:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "repeats", "window", "layers", "hidden_size"):
-            for value in np.atleast_1d(getattr(self, name)).tolist():
-                at_least(name, value, 1)
+        check_positive(self, "lengths", "repeats", "window", "layers", "hidden_size")
         at_least("sinks", self.sinks, 0)
         # The model, which may be large, is read first.
         if self.masks is not None and not self.masks.is_dir():

@@ -25,8 +25,8 @@ import numpy as np
 import tyro
 
 from benchmarks import record
+from benchmarks.option_checks import check_groups, check_positive
 from dmattn_jax import explain
-from dmattn_jax.models.field_checks import at_least
 from pallas_kernels.decoding import IMPLEMENTATIONS, Slots
 
 BAR = 1e-2
@@ -52,11 +52,8 @@ class Options:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("contexts", "batches", "heads", "kv_heads", "head_dim", "window", "steps", "repeats"):
-            for value in np.atleast_1d(getattr(self, name)).tolist():
-                at_least(name, value, 1)
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        check_positive(self, "contexts", "batches", "heads", "kv_heads", "head_dim", "window", "steps", "repeats")
+        check_groups(self)
 
 
 @dataclass

@@ -27,10 +27,10 @@ from flax import nnx
 
 from benchmarks import record
 from benchmarks.kernel_times import Breakdown, profile
+from benchmarks.option_checks import check_groups, check_positive
 from dmattn_jax import explain
 from dmattn_jax.decoding import Rows, advance, empty_rows, for_many_tokens, read_chunk
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
-from dmattn_jax.models.field_checks import at_least
 from dmattn_jax.sampling import Sampling, row_sampling
 
 BAR = {"bfloat16": 0.1, "float32": 1e-4}
@@ -64,12 +64,8 @@ class Options:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int):  # all but kinds, the type and the output
-                    at_least(name, number, 1)
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        check_positive(self, *(vars(self).keys() - {"attentions", "dtype", "output"}))
+        check_groups(self)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
 

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 
 from benchmarks import record
 from benchmarks.kernel_times import Breakdown, profile
+from benchmarks.option_checks import check_positive
 from dmattn_jax import explain
 from dmattn_jax.models.config import AttentionKind, DogeConfig
-from dmattn_jax.models.field_checks import at_least
 from train.cli import find_preset
 from train.config import TrainConfig
 from train.flops import device_peak_flops, training_flops_per_token
@@ -51,9 +50,7 @@ class Options:
     def __post_init__(self) -> None:
         for preset in self.presets:
             find_preset(preset)
-        for name in ("lengths", "tokens", "repeats"):
-            for value in np.atleast_1d(getattr(self, name)).tolist():
-                at_least(name, value, 1)
+        check_positive(self, "lengths", "tokens", "repeats")
 
 
 @dataclass

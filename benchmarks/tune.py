@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import tyro
 
 from benchmarks import attention, device_clock, record
+from benchmarks.option_checks import check_groups
 from pallas_kernels import IMPLEMENTATIONS, interval_attention
 from pallas_kernels.gpu import MOSAIC_GPU
 from pallas_kernels.gpu.backward_key import key_gradients
@@ -69,8 +70,7 @@ class Options:
             raise ValueError(f"head_dim {self.head_dim} has no tiles to tune: {reason}")
         if self.length < BLOCK_Q or self.length % BLOCK_Q:
             raise ValueError(f"length must be a multiple of {BLOCK_Q}, got {self.length}")
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        check_groups(self)
 
     @property
     def inputs(self) -> attention.Options:

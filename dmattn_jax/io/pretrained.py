@@ -164,9 +164,11 @@ def save_pretrained(
     if model.is_unrolled:
         raise ValueError("model must have its layers stacked: save the decoder from which unrolled() made this one")
     more = [_join(where) for where, _ in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))]
-    if more or parameters.keys() != {spec.parameter for spec in specs}:
-        unknown = ", ".join([*more, *sorted(parameters.keys() ^ {spec.parameter for spec in specs})][:3])
-        raise ValueError(f"model has what a config.json cannot say: {unknown}; masks are saved by themselves")
+    more += sorted(parameters.keys() ^ {spec.parameter for spec in specs})
+    if more:
+        raise ValueError(
+            f"model has what a config.json cannot say: {', '.join(more[:3])}; masks are saved by themselves"
+        )
     # both spellings, for transformers before and since version 5
     content |= {"dtype": model.config.param_dtype, "torch_dtype": model.config.param_dtype}
     if tokenizer is not None:

@@ -23,7 +23,7 @@ from pallas_kernels.gpu.scratch import HALF_TILE, Scratch, warp_specialized
 from pallas_kernels.gpu.softmax import Slots, attend_tiles, normalised
 from pallas_kernels.patterns.contract import Implementation, Kept, Patterns
 from pallas_kernels.patterns.slabs import HALF, NEVER, TILE, WORDS, Visits, biases, visits
-from pallas_kernels.patterns.whole_rows import whole_rows
+from pallas_kernels.patterns.whole_rows import isolate_non_finite, whole_rows
 from pallas_kernels.powers_of_two import LOG2E
 
 STAGES = 2
@@ -48,13 +48,9 @@ def of_one_document(
         missing = [(0, 0), (0, length - queries)] + [(0, 0)] * (array.ndim - 2)
         return jnp.pad(array, missing, constant_values=fill)
 
-    # 0 · NaN is NaN: what is not finite moves into a bias that only the queries that see the row read.
-    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
-    bias = jnp.where(token[..., None], jnp.where(finite, 0.0, jnp.nan), -jnp.inf).astype(jnp.float32)
+    key, value, bias = isolate_non_finite(key, value, token)
     size = config.native_head_size(dim)
-    key, value = (
-        pad_heads(whole(jnp.where((finite & token[..., None])[..., None], array, 0)), size) for array in (key, value)
-    )
+    key, value = (pad_heads(whole(array), size) for array in (key, value))
     seen = visits(patterns, length)
     meta = biases(patterns, seen, jnp.moveaxis(whole(bias, -jnp.inf), 1, 2))
     kv_head = jnp.arange(heads)[:, None] // (heads // key.shape[2])

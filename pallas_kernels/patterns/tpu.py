@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int, Int32
 
 from pallas_kernels.patterns.contract import Implementation, Kept, Patterns
-from pallas_kernels.patterns.whole_rows import whole_rows
+from pallas_kernels.patterns.whole_rows import isolate_non_finite, whole_rows
 from pallas_kernels.powers_of_two import LOG2E
 from pallas_kernels.tpu import config
 from pallas_kernels.tpu.config import LANES, compiler_params, interpret_mode
@@ -67,7 +67,8 @@ def _of_one_document(query, key, value, patterns: Patterns, token: Bool[Array, "
     on_column = jnp.moveaxis(own, 2, 1).astype(jnp.int8)
     visits = _visits(diagonals.any(1), masks[:, :, : mapped * mapped].any((1, 3, 4)), mapped, distances, columns, block)
 
-    key, value, bias = _finite(key, value, token)
+    key, value, bias = isolate_non_finite(key, value, token)
+    bias = jnp.moveaxis(bias, 2, 1)
     key, value = (pad_heads(_padded(jnp.moveaxis(array, 2, 1), block, 0, axis=2)) for array in (key, value))
     bias = _padded(bias, block, -jnp.inf)[:, :, None]
     row = jnp.minimum(columns, key.shape[2] - 1)
@@ -247,14 +248,6 @@ def _visits(diagonals: Bool[Array, "K R"], mapped, size: int, distances: int, co
     back, count_back = listed(crossed)
     of_map, count_of_map = listed(mapped.reshape(-1, size, size))
     return Visits(back, count_back, of_map, count_of_map, columns[:, ::block].reshape(-1))
-
-
-def _finite(key, value, token):
-    """0 · NaN is NaN: what is not finite moves into a bias that only the queries that see the row read."""
-    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
-    key, value = (jnp.where((finite & token[..., None])[..., None], array, 0) for array in (key, value))
-    bias = jnp.where(token[..., None], jnp.where(finite, 0.0, jnp.nan), -jnp.inf)
-    return key, value, jnp.moveaxis(bias.astype(jnp.float32), 2, 1)
 
 
 def _padded(array: Array, unit: int, fill, axis: int = -1) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -37,3 +38,14 @@ def whole_rows(kernel: Kernel) -> Forward:
         )
 
     return pattern_attention
+
+
+def isolate_non_finite(
+    key: Float[Array, "B T K D"], value: Float[Array, "B T K D"], token: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"], Float[Array, "B T K"]]:
+    """Keys and values of products, and a bias: 0 · NaN is NaN, so what is not finite moves into a bias that only the
+    queries that see the row read. Where there is no token the bias hides the row, which is 0."""
+    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    bias = jnp.where(token[..., None], jnp.where(finite, 0.0, jnp.nan), -jnp.inf).astype(jnp.float32)
+    kept = (finite & token[..., None])[..., None]
+    return jnp.where(kept, key, 0), jnp.where(kept, value, 0), bias
