@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,47 @@ def test_the_page_in_the_repository_is_of_the_records_in_it():
     assert report.claims_table(records) in page, "run python -m benchmarks.report again"
     for name in (name for found in records.values() for name in found):
         assert f"[{name}.json](../benchmarks/results/{name}.json)" in page
+
+
+def test_the_times_in_the_readme_are_those_of_the_records_that_it_names():
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    paragraph = next(text for text in readme.split("\n\n") if text.startswith("Records:"))
+    records = [
+        claims.attention_rows(json.loads((RESULTS / f"{name}.json").read_text()))
+        for name in re.findall(r"results/(\w+)\.json", paragraph)
+    ]
+
+    def measured(rows: dict, *shape: int | str) -> list[list[float]]:
+        """What the cells of a row show, in their order, with a number for each that they show."""
+        cells = []
+        for direction in report.PASSES:
+            ours, dense, sliding = (
+                rows.get((*shape, "random", direction, what), {"milliseconds": []})["milliseconds"]
+                for what in (claims.OURS, claims.DENSE, claims.SLIDING)
+            )
+            if not ours:
+                return []
+            middle = statistics.median(ours)
+            ratios = (
+                [statistics.median(dense) / middle, min(dense) / max(ours), max(dense) / min(ours)] if dense else []
+            )
+            cells += [[middle], ratios, [middle / statistics.median(sliding)]]
+        return cells
+
+    def shows(cell: str, values: list[float]) -> bool:
+        shown = [number.replace(",", "") for number in re.findall(r"[\d,.]+", cell)]
+        digits = [len(number.partition(".")[2]) for number in shown]
+        return len(shown) == len(values) and all(
+            abs(float(number) - value) <= 0.5001 * 10.0**-count
+            for number, value, count in zip(shown, values, digits, strict=True)
+        )
+
+    table = re.findall(r"^\| ([\d,]+), ([\d,]+) \| (.+) \|$", readme, re.MULTILINE)
+    assert len(table) > 10
+    for length, window, shown in table:
+        shape = [int(number.replace(",", "")) for number in (length, window)]
+        found = [cells for cells in (measured(rows, *shape) for rows in records) if cells]
+        assert any(all(map(shows, shown.split(" | "), cells)) for cells in found), f"{length}, {window}: {shown}"
 
 
 def test_parts_of_a_token_are_in_microseconds(tmp_path):
