@@ -12,10 +12,20 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
 
     A tokenizer with a chat template writes them by it, special tokens included (`FileTokenizer.encode_chat`).
     Without one the contents follow each other, a line each: a model that has seen no roles continues a text.
+    Nothing at all begins a document.
     """
     if getattr(tokenizer, "chat_template", None) is not None:
-        return tokenizer.encode_chat([dict(message) for message in messages])  # type: ignore[attr-defined]
-    return tokenizer.encode("".join(message["content"] + "\n" for message in messages))
+        tokens = tokenizer.encode_chat([dict(message) for message in messages])  # type: ignore[attr-defined]
+        return tokens or document_start(tokenizer)
+    return text_prompt(tokenizer, "".join(message["content"] + "\n" for message in messages))
+
+
+def text_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text to continue, behind what the model expects before one; no text begins a document."""
+    if getattr(tokenizer, "adds_bos", False):
+        assert tokenizer.bos_id is not None
+        return [tokenizer.bos_id, *tokenizer.encode(text)]
+    return tokenizer.encode(text) or document_start(tokenizer)
 
 
 def document_start(tokenizer: Tokenizer) -> list[int]:

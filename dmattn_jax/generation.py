@@ -17,7 +17,7 @@ from dmattn_jax.decoding import Decoder, Drawn, Rows, advance, bucket, check_ids
 from dmattn_jax.io.tokenizers import Tokenizer
 from dmattn_jax.nn.linear import in_compute_dtype
 from dmattn_jax.sampling import RowSampling, Sampling, row_sampling
-from dmattn_jax.text_stream import TextStream
+from dmattn_jax.text_stream import TextStream, continuation
 
 STOP_STRING_STEPS = 16
 """Tokens decoded between two looks for stop strings, which only the host can see."""
@@ -102,7 +102,7 @@ def complete(
         raise ValueError(f"top_logprobs must be in 0 … {model.config.vocab_size}, got {top_logprobs}")
     if not rows:
         return []
-    streams = [TextStream(tokenizer, stop_strings) for _ in rows] if tokenizer else []
+    streams = [TextStream(tokenizer, stop_strings, row.tolist()) for row in rows] if tokenizer else []
     texts, pushed = [""] * len(streams), [0] * len(streams)
     run = _Run(model, rows, sampling or Sampling(), stop_tokens, max_new_tokens, top_logprobs, prefill_chunk)
     steps = STOP_STRING_STEPS if stop_strings else max_new_tokens
@@ -119,7 +119,7 @@ def complete(
         completions[row].text = texts[row] + stream.finish()
         if stream.stopped:
             assert tokenizer is not None
-            _cut(completions[row], tokenizer)
+            _cut(completions[row], tokenizer, rows[row].tolist())
     return completions
 
 
@@ -161,11 +161,13 @@ def stream_text(
     tokenizer: Tokenizer,
     *,
     stop_strings: Sequence[str] = (),
+    continues: bool = True,
     **options: Any,
 ) -> Iterator[str]:
-    """The text that continues the prompt, in pieces of whole characters. options: as for `generate_stream`."""
+    """The text that continues the prompt, in pieces of whole characters. continues: False for an answer, which begins
+    a text of its own. options: as for `generate_stream`."""
     tokens = generate_stream(model, prompt, **options)
-    stream = TextStream(tokenizer, stop_strings)
+    stream = TextStream(tokenizer, stop_strings, prompt if continues else ())
 
     def pieces() -> Iterator[str]:
         for token in tokens:
@@ -278,11 +280,11 @@ def _decode_until(graph, state, progress: _Progress, sampling: RowSampling, stop
     return jax.lax.while_loop(running, one, progress)
 
 
-def _cut(completion: Completion, tokenizer: Tokenizer) -> None:
+def _cut(completion: Completion, tokenizer: Tokenizer, prompt: list[int]) -> None:
     """Drop the tokens from the one in which the stop string begins."""
     assert completion.text is not None
     count = len(completion.tokens)
-    while count and not completion.text.startswith(tokenizer.decode(completion.tokens[:count])):
+    while count and not completion.text.startswith(continuation(tokenizer, prompt, completion.tokens[:count])):
         count -= 1
     del completion.tokens[count:], completion.logprobs[count:], completion.top_logprobs[count:]
     completion.finish_reason = "stop"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from dmattn_jax.io.tokenizers import Tokenizer
@@ -10,26 +11,30 @@ UNFINISHED = "\ufffd"
 """What a tokenizer makes of bytes that are not yet, or never, a character."""
 
 
+CONTEXT = 16
+"""Tokens before a text that are decoded with it: more than any character has."""
+
+
 class TextStream:
     """Tokens in, text out. The pieces joined are the decoded tokens, up to the first stop string.
 
     Text that may still become a stop string, or whose last character is not complete, is held back until it is
-    certain. stopped: whether a stop string came; nothing comes after it.
+    certain. after: the tokens that the text continues, of which some tokenizers must know: at the beginning of a text
+    they drop a space. stopped: whether a stop string came; nothing comes after it.
 
     Raises: ValueError on an empty stop string, and on one that is not in a sequence.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), after: Sequence[int] = ()) -> None:
         if isinstance(stop_strings, str):
             raise ValueError(f"stop_strings must be a sequence of texts, got one: ({stop_strings!r},)")
         if any(not stop for stop in stop_strings):
             raise ValueError("stop_strings must not be empty strings, got '': leave it out")
         self._tokenizer = tokenizer
         self._stops = tuple(stop_strings)
-        self._tokens: list[int] = []
-        # Tokens before `_context` are done with; those up to `_read` are decoded again as context of what follows,
-        # because some tokenizers write a token differently at the beginning of a text.
-        self._context = self._read = 0
+        self._tokens = [int(token) for token in after[-CONTEXT:]]
+        # Tokens before `_context` are done with; those up to `_read` are decoded again as context of what follows.
+        self._context, self._read = 0, len(self._tokens)
         self._held = ""
         self.stopped = False
 
@@ -50,7 +55,7 @@ class TextStream:
         if now.endswith(UNFINISHED) and not final:
             return ""
         self._context, self._read = self._read, len(self._tokens)
-        return now[len(before) :]
+        return _added(before, now)
 
     def _release(self, piece: str, *, final: bool) -> str:
         text = self._held + piece
@@ -61,6 +66,18 @@ class TextStream:
         keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def continuation(tokenizer: Tokenizer, after: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of `tokens` where they stand after others."""
+    after = after[-CONTEXT:]
+    return _added(tokenizer.decode(after), tokenizer.decode([*after, *tokens]))
+
+
+def _added(before: str, now: str) -> str:
+    """What has come, the last character of before among it where that was not whole."""
+    alike = (old == new for old, new in zip(before, now, strict=False))
+    return now[sum(itertools.takewhile(bool, alike)) :]
 
 
 def _overlap(text: str, stop: str) -> int:

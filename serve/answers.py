@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,11 @@ Json = dict[str, Any]
 
 @dataclass
 class Choice:
-    """What one choice has so far, or in one chunk."""
+    """What one choice has so far, or in one chunk. offsets: characters of the choice before each of the tokens."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -76,24 +77,38 @@ class Form:
             return None
         if self.chat:
             return {"content": [self._chat_entry(token) for token in choice.tokens], "refusal": None}
-        words = [self._word(token.token) for token in choice.tokens]
         return {
-            "tokens": words,
+            "tokens": [self._word(token.token) for token in choice.tokens],
             "token_logprobs": [_finite(token.logprob) for token in choice.tokens],
-            "top_logprobs": [{self._word(i): _finite(p) for i, p in token.top} for token in choice.tokens],
-            "text_offset": _offsets(words),
+            "top_logprobs": [self._by_word(token) for token in choice.tokens],
+            "text_offset": choice.offsets,
         }
+
+    def _by_word(self, token: Token) -> dict[str, float]:
+        """The likeliest tokens, of those that are written alike the first."""
+        found: dict[str, float] = {}
+        for index, logprob in token.top:
+            found.setdefault(self._word(index), _finite(logprob))
+        return found
 
     def _chat_entry(self, token: Token) -> Json:
         top = [self._described(i, logprob) for i, logprob in token.top]
         return self._described(token.token, token.logprob) | {"top_logprobs": top}
 
     def _described(self, token: int, logprob: float) -> Json:
-        word = self._word(token)
-        return {"token": word, "logprob": _finite(logprob), "bytes": list(word.encode())}
+        return {
+            "token": self._word(token),
+            "logprob": _finite(logprob),
+            "bytes": list(self.tokenizer.token_bytes(token)),
+        }
 
     def _word(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        """A token's text; of a piece of a character its bytes, as OpenAI writes them."""
+        own = self.tokenizer.token_bytes(token)
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
@@ -106,11 +121,3 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LEAST_LOGPROB
-
-
-def _offsets(words: Iterable[str]) -> list[int]:
-    offsets, at = [], 0
-    for word in words:
-        offsets.append(at)
-        at += len(word)
-    return offsets

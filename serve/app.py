@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from dmattn_jax.chat import chat_prompt, document_start
+from dmattn_jax.chat import chat_prompt, text_prompt
 from dmattn_jax.io.tokenizers import Tokenizer
 from serve import engine as batching
 from serve.answers import Choice, Form, Json, usage
@@ -44,7 +44,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, name: str) -> Starlette:
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        server.metrics.requests.labels(request.url.path, error.status).inc()
+        server.metrics.requests.labels(paths[request.scope["endpoint"]], error.status).inc()
         return error.response()
 
     async def not_there(request: Request, error: Exception) -> Response:
@@ -57,15 +57,18 @@ def create_app(engine: Engine, tokenizer: Tokenizer, name: str) -> Starlette:
     async def broken(request: Request, error: Exception) -> Response:
         return ApiError(500, f"{type(error).__name__}: see the server's log", code="internal_error").response()
 
+    routes = [
+        Route("/v1/completions", server.completions, methods=["POST"]),
+        Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/v1/models", server.models),
+        Route("/v1/models/{name:path}", server.one_model),
+        Route("/health", server.health),
+        Route("/metrics", server.show_metrics),
+    ]
+    # Counted by route, not by address: everybody could make new ones.
+    paths = {route.endpoint: route.path for route in routes}
     return Starlette(
-        routes=[
-            Route("/v1/completions", server.completions, methods=["POST"]),
-            Route("/v1/chat/completions", server.chat, methods=["POST"]),
-            Route("/v1/models", server.models),
-            Route("/v1/models/{name:path}", server.one_model),
-            Route("/health", server.health),
-            Route("/metrics", server.show_metrics),
-        ],
+        routes=routes,
         exception_handlers={ApiError: refused, HTTPException: not_there, ClientDisconnect: gone, Exception: broken},
         lifespan=lifespan,
     )
@@ -76,7 +79,6 @@ class _Server:
         self.engine, self.tokenizer, self.name = engine, tokenizer, name
         self.metrics = Metrics(engine)
         self._created = int(time.time())
-        self._stop_tokens = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
     async def health(self, request: Request) -> Response:
         if self.engine.failure:
@@ -96,7 +98,8 @@ class _Server:
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await _read_body(request))
         self._check_model(body.model)
-        prompts = [self._tokens(prompt) for prompt in _prompts(body.prompt)]
+        # Long texts take seconds, and templates as long as they like: other requests go on meanwhile.
+        prompts = await asyncio.to_thread(lambda: [self._tokens(prompt) for prompt in _prompts(body.prompt)])
         limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         form = Form.new(self.tokenizer, self.name, chat=False, logprobs=body.logprobs is not None)
         return await self._answer(request, body, prompts, limit, form, body.logprobs or 0)
@@ -105,10 +108,10 @@ class _Server:
         body = parse(ChatBody, await _read_body(request))
         self._check_model(body.model)
         try:
-            prompt = chat_prompt(self.tokenizer, [message.plain() for message in body.messages])
+            messages = [message.plain() for message in body.messages]
+            prompt = await asyncio.to_thread(chat_prompt, self.tokenizer, messages)
         except ValueError as error:  # a template may refuse an order of roles
             raise ApiError(400, str(error), param="messages", code="invalid_value") from None
-        prompt = prompt or document_start(self.tokenizer)
         # Without a limit of its own an answer may take what the prompt leaves.
         limit = body.max_completion_tokens or body.max_tokens or max(1, self.engine.max_length - len(prompt))
         form = Form.new(self.tokenizer, self.name, chat=True, logprobs=body.logprobs)
@@ -126,13 +129,13 @@ class _Server:
         sampling = body.sampling()
         # The copies of one prompt draw as the rows of a batch of it do.
         requests = [
-            batching.Request(prompt, limit, sampling, row, self._stop_tokens, top)
+            batching.Request(prompt, limit, sampling, row, self.tokenizer.stop_ids, top)
             for prompt in prompts
             for row in range(body.n)
         ]
         began = time.monotonic()
         prompt_tokens = sum(map(len, prompts))
-        generation = Generation(self.engine, self.tokenizer, requests, body.stops)
+        generation = Generation(self.engine, self.tokenizer, requests, body.stops, continues=not form.chat)
         pieces = self._timed(generation, began)
         if body.stream:
             self.metrics.requests.labels(request.url.path, 200).inc()
@@ -153,9 +156,7 @@ class _Server:
         self.metrics.duration.observe(time.monotonic() - began)
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) or document_start(self.tokenizer)
-        return prompt
+        return text_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
 
     def _check_model(self, name: str) -> None:
         if name != self.name:
@@ -202,6 +203,7 @@ async def _collect(
         async for index, piece in pieces:
             choices[index].text += piece.text
             choices[index].tokens += piece.tokens
+            choices[index].offsets += piece.offsets
             choices[index].finish_reason = piece.finish_reason
 
     async def gone() -> None:

@@ -80,12 +80,13 @@ class Engine:
         """slots: requests decoded together. max_length: tokens of a request, prompt included. prefill_chunk: prompt
         tokens read between two decode steps. max_waiting: requests that may wait for a slot.
 
-        Raises: ValueError on a number below 1.
+        Raises: ValueError on a number below 1, and a max_length below 2: one token to read and one to generate.
         """
         sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": prefill_chunk, "max_waiting": max_waiting}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+            least = 2 if name == "max_length" else 1
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
         self.model, self.max_length, self.max_waiting = model, max_length, max_waiting
         self.prompt_tokens = self.generated_tokens = 0
         self.failure = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from dmattn_jax.io.tokenizers import Tokenizer
@@ -15,10 +16,21 @@ from serve.errors import ApiError
 class Generation:
     """The choices of one HTTP request. Close it, whatever happens: that frees their slots."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], stops: Sequence[str]) -> None:
-        """Raises: ApiError when the engine refuses them."""
-        self._engine = engine
-        self._streams = [TextStream(tokenizer, stops) for _ in requests]
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        stops: Sequence[str],
+        *,
+        continues: bool,
+    ) -> None:
+        """continues: whether the text goes on from the prompt; an answer in a chat begins one of its own.
+
+        Raises: ApiError when the engine refuses them.
+        """
+        self._engine, self._tokenizer = engine, tokenizer
+        self._streams = [TextStream(tokenizer, stops, request.prompt if continues else ()) for request in requests]
         self._queue: asyncio.Queue[tuple[int, Token | Finished]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -47,6 +59,9 @@ class Generation:
         Raises: ApiError 500 when the engine fails.
         """
         open_choices = set(range(len(self._streams)))
+        # Characters so far, of which the last may be in pieces.
+        characters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in self._streams]
+        offsets = [0] * len(self._streams)
         while open_choices:
             index, event = await self._queue.get()
             if index not in open_choices:
@@ -56,13 +71,14 @@ class Generation:
                 if event.reason == "error":
                     raise ApiError(500, event.error, code="engine_failed")
                 open_choices.remove(index)
-                yield index, Choice(stream.finish(), [], event.reason)
+                yield index, Choice(stream.finish(), finish_reason=event.reason)
                 continue
             text = stream.push(event.token)
             if stream.stopped:
                 open_choices.remove(index)
                 self._engine.cancel(self._tickets[index])
-            yield index, Choice(text, [event], "stop" if stream.stopped else None)
+            yield index, Choice(text, [event], [offsets[index]], "stop" if stream.stopped else None)
+            offsets[index] += len(characters[index].decode(self._tokenizer.token_bytes(event.token)))
 
     def close(self) -> None:
         for ticket in self._tickets:

@@ -31,6 +31,9 @@ def test_tokens_and_variables():
     )
     assert template.render([{"role": "user", "content": " é<b> "}], tools=["é<"]) == '<s>é<b></s>["é<"]'
     assert ChatTemplate("[{{ bos_token }}]").render(USER) == "[]"
+    asked = ChatTemplate("{{ tools is none }} {{ documents is none }} {{ tools is defined }}")
+    assert asked.render(USER) == "True True True"
+    assert asked.render(USER, tools=[1]) == "False True True"
 
 
 def test_blocks_trim_as_templates_expect():

@@ -140,6 +140,8 @@ def test_what_does_not_fit_is_refused():
     for ticket in tickets:
         ENGINE.cancel(ticket)
     drain(ENGINE)
+    with pytest.raises(ValueError, match="max_length must be >= 2, got 1"):
+        Engine(MODEL, max_length=1)
     with pytest.raises(ValueError, match="slots must be >= 1, got 0"):
         engine_of(slots=0)
 

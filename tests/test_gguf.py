@@ -10,10 +10,12 @@ import pytest
 import tokenizers
 from gguf_files import TEMPLATE, random_tensors, smollm2_path, write_gguf
 
+from dmattn_jax.chat import text_prompt
 from dmattn_jax.generation import generate
 from dmattn_jax.io import CheckpointFormatError, load_pretrained, load_pretrained_tokenizer
 from dmattn_jax.io.gguf_file import READABLE, GgufFile, Quantization
 from dmattn_jax.nn import FactorsRope, LinearRope, Llama3Rope, YarnRope
+from dmattn_jax.text_stream import TextStream, continuation
 
 gguf = pytest.importorskip("gguf")
 
@@ -119,6 +121,14 @@ def test_tokenizer_and_chat_template(tmp_path):
         tmp_path / "chat.gguf", random_tensors(**SMALL), changed={"tokenizer.ggml.eot_token_id": 1}, **SMALL
     )
     assert load_pretrained_tokenizer(answers).eos_id == 1
+    assert load_pretrained_tokenizer(answers).stop_ids == (1, 0)
+    assert tokenizer.stop_ids == (0,)
+    # Llama 3's kind of cutting, and what the file says of itself.
+    assert text_prompt(tokenizer, "a") == [1, 2]
+    silent = write_gguf(
+        tmp_path / "silent.gguf", random_tensors(**SMALL), changed={"tokenizer.ggml.add_bos_token": False}, **SMALL
+    )
+    assert text_prompt(load_pretrained_tokenizer(silent), "a") == [2]
     with pytest.raises(CheckpointFormatError, match=r"id 12, and the model's vocabulary has 9 rows"):
         load_pretrained_tokenizer(path, vocab_size=9)
 
@@ -157,6 +167,17 @@ def test_sentencepiece_by_scores_is_the_bpe_that_made_them(tmp_path):
     assert [tokens[index] for index in tokenizer.encode("\nö")][-3:] == ["<0x0A>", "<0xC3>", "<0xB6>"]
     assert tokenizer.decode(tokenizer.encode("a\n東京 🦜")) == "a\n東京 🦜"
     assert tokenizer.encode("<s>a", parse_special=True)[0] == 1
+    assert text_prompt(tokenizer, "a")[0] == 1
+    for line in ("Hi world", "ö ö", "a 東京  🦜", "  x"):
+        ids = tokenizer.encode(line)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == f" {line}".encode()
+        for cut in range(1, len(ids) + 1):
+            stream = TextStream(tokenizer, after=ids[:cut])
+            told = "".join([*map(stream.push, ids[cut:]), stream.finish()])
+            # The prompt's last character may be in pieces, of which the text is the whole.
+            prompt = tokenizer.decode(ids[:cut]).rstrip("\ufffd")
+            assert prompt + told == line or cut == len(ids)
+            assert told == continuation(tokenizer, ids[:cut], ids[cut:])
 
 
 @pytest.mark.parametrize(

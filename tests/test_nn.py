@@ -507,6 +507,14 @@ def test_cdmoe_is_a_loop_over_tokens(experts, chosen):
     np.testing.assert_array_equal(np.where(SEGMENTS[..., None], broken, 0), np.where(SEGMENTS[..., None], out, 0))
 
 
+def test_cdmoe_keeps_its_types_where_float64_is_on():
+    layer, x = moe(), jnp.asarray(inputs())
+    with jax.enable_x64(True):
+        for segments in (None, jnp.asarray(SEGMENTS)):
+            out, auxiliary = jax.eval_shape(layer, x, segments)
+            assert (out.dtype, auxiliary.dtype) == (jnp.float32, jnp.float32)
+
+
 def test_cdmoe_in_chunks_is_cdmoe_at_once(monkeypatch):
     layer, x = moe(), jnp.asarray(inputs())
 

@@ -134,6 +134,11 @@ def test_streamed_text_is_the_decoded_text_in_whole_characters():
         assert "".join(pieces) == Words().decode(ids)
     stream = TextStream(Words())
     assert [stream.push(7), stream.push(8), stream.push(5)] == ["", "é", "w5 "]
+    for cut in range(1, 5):
+        ids = [5, 7, 8, 5, 6]
+        stream = TextStream(Words(), after=ids[:cut])
+        pieces = [stream.push(i) for i in ids[cut:]] + [stream.finish()]
+        assert "".join(pieces) == Words().decode(ids)[len(Words().decode(ids[:cut]).rstrip("\ufffd")) :]
 
 
 def test_text_that_may_become_a_stop_string_is_held_back():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import http.client
 import json
+import math
 import socket
 import threading
 import time
@@ -21,7 +23,9 @@ from dmattn_jax.io.tokenizers import ByteTokenizer
 from dmattn_jax.models import DogeConfig, DogeForCausalLM
 from dmattn_jax.sampling import Sampling
 from serve import app as serve_app
-from serve.engine import Engine, Request
+from serve.answers import Choice, Form
+from serve.engine import Engine, Finished, Request, Token
+from serve.generation import Generation
 
 NAME = "tiny"
 TOKENIZER = ByteTokenizer()
@@ -181,6 +185,73 @@ def test_logprobs(client):
     entries = chat.choices[0].logprobs.content
     assert len(entries) == 4
     assert entries[0].top_logprobs[0].logprob == pytest.approx(entries[0].logprob)
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == chat.choices[0].message.content
+    pieces = client.completions.create(model=NAME, prompt="abc", temperature=0, max_tokens=4, logprobs=2, stream=True)
+    offsets = [offset for piece in pieces for offset in piece.choices[0].logprobs.text_offset]
+    assert offsets == text.choices[0].logprobs.text_offset == [0, 1, 2, 3]
+
+
+def test_logprobs_of_pieces_of_characters():
+    form = Form.new(TOKENIZER, NAME, chat=False, logprobs=True)
+    top = ((0xC3, -0.1), (ord("a"), -3.0), (0xFF, -9.0), (300, -10.0), (256, -11.0))
+    choice = Choice("é", [Token(0xC3, -0.1, top), Token(0xA9, -math.inf)], [0, 0])
+    found = form.whole([choice], {})["choices"][0]["logprobs"]
+    assert found["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert found["token_logprobs"] == [-0.1, -9999.0]
+    assert found["top_logprobs"][0] == {"bytes:\\xc3": -0.1, "a": -3.0, "bytes:\\xff": -9.0, "": -10.0}
+    chat = Form.new(TOKENIZER, NAME, chat=True, logprobs=True).whole([choice], {})["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in chat] == [[0xC3], [0xA9]]
+
+
+def test_offsets_count_whole_characters(engine):
+    """Of a split character's two tokens both stand where it begins."""
+
+    class Drawn:
+        vocab_size, max_length = 257, 96
+
+        def submit(self, requests):
+            for token in ("aéb").encode():
+                requests[0][1](Token(token, -1.0))
+            requests[0][1](Finished("length"))
+            return [None]
+
+    async def collected() -> list[int]:
+        generation = Generation(Drawn(), TOKENIZER, [Request([65], 4)], [], continues=True)
+        return [offset async for _, piece in generation.pieces() for offset in piece.offsets]
+
+    assert asyncio.run(collected()) == [0, 1, 1, 2]
+
+
+def test_an_answer_ends_at_any_of_the_models_ends(address, client, monkeypatch):
+    whole = complete(MODEL, [TOKENIZER.encode("hello")], max_new_tokens=16)[0].tokens
+    monkeypatch.setattr(TOKENIZER, "stop_ids", (256, whole[4]))
+    answer = client.completions.create(model=NAME, prompt="hello", temperature=0)
+    assert answer.choices[0].finish_reason == "stop"
+    assert TOKENIZER.encode(answer.choices[0].text) == whole[: whole.index(whole[4])]
+
+
+@pytest.mark.parametrize("name", ["text_prompt", "chat_prompt"])
+def test_a_prompt_that_takes_long_to_read_keeps_nobody_waiting(address, client, monkeypatch, name):
+    read, go_on = threading.Event(), threading.Event()
+
+    def slowly(tokenizer, prompt):
+        read.set()
+        assert go_on.wait(60)
+        return [65]
+
+    monkeypatch.setattr(serve_app, name, slowly)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        if name == "text_prompt":
+            asked = pool.submit(client.completions.create, model=NAME, prompt="x", max_tokens=2)
+        else:
+            messages = [{"role": "user", "content": "x"}]
+            asked = pool.submit(client.chat.completions.create, model=NAME, messages=messages, max_tokens=2)
+        try:
+            assert read.wait(60)
+            assert json.loads(get(address, "/health"))["status"] == "ok"
+        finally:
+            go_on.set()
+        assert asked.result().usage.completion_tokens == 2
 
 
 def test_requests_at_once_get_what_they_get_alone(client):
@@ -240,6 +311,8 @@ def test_unknown_models_routes_methods_and_bodies(client, address):
         client.completions.create(model="other", prompt="x")
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.models.retrieve("other")
+    assert 'route="/v1/models/{name:path}",status="404"' in get(address, "/metrics")
+    assert 'route="/v1/models/other"' not in get(address, "/metrics")
     with pytest.raises(openai.BadRequestError, match="messages"):
         client.chat.completions.create(model=NAME, messages=[])
     with pytest.raises(openai.BadRequestError, match="role"):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from dmattn_jax.chat import text_prompt
 from dmattn_jax.io import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from train.run_files import open_tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -70,6 +72,35 @@ def test_bytes_as_a_file_are_the_same_ids(text: str) -> None:
     assert file.encode(text) == tokenizer.encode(text)
     assert file.decode([*tokenizer.encode(text), 256]) == text
     assert (file.vocab_size, file.eos_id, file.bos_id) == (257, 256, None)
+
+
+@hypothesis.given(ANY_TEXT)
+def test_bytes_of_tokens_are_the_text(trained: Tokenizer, text: str) -> None:
+    for tokenizer in (ByteTokenizer(), ByteTokenizer().as_file(), trained):
+        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        tokenizers.decoders.Metaspace(),
+        tokenizers.decoders.Sequence([tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()]),
+        tokenizers.decoders.WordPiece(prefix="##"),
+        None,
+    ],
+)
+def test_bytes_of_tokens_of_any_decoder(decoder: tokenizers.decoders.Decoder | None) -> None:
+    vocabulary = {"▁a": 0, "##b": 1, "<0xC3>": 2, "<0xA9>": 3, "c": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="c"))
+    if decoder is not None:
+        backend.decoder = decoder
+    backend.add_special_tokens(["</s>"])
+    backend.add_tokens(["<tool>"])
+    of = FileTokenizer(backend.to_str()).token_bytes
+    kind = type(decoder).__name__
+    assert of(0) == (" a" if kind in ("Metaspace", "Sequence") else "▁a").encode()
+    assert [of(2), of(3)] == ([b"\xc3", b"\xa9"] if kind == "Sequence" else [b"<0xC3>", b"<0xA9>"])
+    assert [of(index) for index in (4, 5, 6, 7)] == [b"c", b"", b"<tool>", b""]
 
 
 # Trained
@@ -179,6 +210,36 @@ def test_tokenizer_config_decides_which_token_is_eos(tmp_path: Path, named: obje
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named, "bos_token": None}))
     assert load_tokenizer(tmp_path).eos_id == 4
     assert load_tokenizer(tmp_path).fingerprint != plain
+
+
+def test_an_answer_ends_at_every_id_that_the_model_names(tmp_path: Path) -> None:
+    small_tokenizer(["</s>", "<|turn|>", "<|call|>"]).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).stop_ids == (3,)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 4}))
+    assert load_tokenizer(tmp_path).stop_ids == (3, 4)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 3, 99, -1, None, True]}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (3, (3, 5, 4))
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_text_to_continue_begins_as_the_model_expects(tmp_path: Path) -> None:
+    backend = small_tokenizer(["<s>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert text_prompt(load_tokenizer(tmp_path), "a b") == [0, 1]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert text_prompt(load_tokenizer(tmp_path), "a b") == [3, 0, 1]
+    assert text_prompt(load_tokenizer(tmp_path), "") == [3]
+    # Documents have it only where training puts it, which is nowhere.
+    assert load_tokenizer(tmp_path).encode("a b") == [0, 1]
+    assert text_prompt(open_tokenizer(str(tmp_path)), "a b") == [0, 1]
+    open_tokenizer(str(tmp_path)).save(tmp_path)
+    assert text_prompt(load_tokenizer(tmp_path), "a b") == [0, 1]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": "</s>"}))
+    assert text_prompt(load_tokenizer(tmp_path), "a b") == [4, 0, 1]
 
 
 def test_vocab_size_covers_ids_with_holes() -> None:

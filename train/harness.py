@@ -114,13 +114,12 @@ class HarnessModel(TemplateLM):
             sampling["temperature"] = 0.0
         if options:
             raise ValueError(f"generation options {sorted(options)} are not implemented: remove them from the task")
-        eos = self._text.eos_id
         completions = complete(
             self._model,
             [self._text.encode(prompt) or document_start(self._text) for prompt in prompts],
             max_new_tokens=limit,
             sampling=Sampling(**sampling),
-            stop_tokens=() if eos is None else (eos,),
+            stop_tokens=self._text.stop_ids,
             stop_strings=[until] if isinstance(until, str) else [stop for stop in until if stop],
             tokenizer=self._text,
         )

@@ -6,14 +6,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from train.errors import ConfigError, MissingExtraError, bad_values_are_the_users
-
-if TYPE_CHECKING:
-    from dmattn_jax.io.tokenizers import Tokenizer
 
 HIGHEST_PORT = 65535
 
@@ -63,15 +60,14 @@ def generate(
         prefill_chunk: Read long prompts so many tokens at a time, to bound memory.
         best: Take the checkpoint of the lowest validation loss instead of the newest.
     """
-    from dmattn_jax.chat import document_start
+    from dmattn_jax.chat import text_prompt
     from dmattn_jax.generation import complete, stream_text
     from dmattn_jax.sampling import Sampling
     from train.run_files import open_model
 
     opened = open_model(run, best=best)
     tokenizer = opened.tokenizer
-    # An empty prompt begins a document.
-    prompts = [tokenizer.encode(text) or document_start(tokenizer) for text in prompt]
+    prompts = [text_prompt(tokenizer, text) for text in prompt]
     with bad_values_are_the_users():
         if len(prompts) == 1:
             pieces = stream_text(
@@ -79,7 +75,7 @@ def generate(
                 prompts[0],
                 tokenizer,
                 max_new_tokens=tokens,
-                stop_tokens=_stop_tokens(tokenizer),
+                stop_tokens=tokenizer.stop_ids,
                 stop_strings=drawing.stop,
                 prefill_chunk=prefill_chunk,
                 **drawing.options(),
@@ -92,7 +88,7 @@ def generate(
             prompts,
             max_new_tokens=tokens,
             sampling=Sampling(**drawing.options()),
-            stop_tokens=_stop_tokens(tokenizer),
+            stop_tokens=tokenizer.stop_ids,
             stop_strings=drawing.stop,
             tokenizer=tokenizer,
             prefill_chunk=prefill_chunk,
@@ -127,7 +123,7 @@ def chat(
         prefill_chunk: Read the conversation so many tokens at a time, to bound memory.
         best: Take the checkpoint of the lowest validation loss instead of the newest.
     """
-    from dmattn_jax.chat import chat_prompt, document_start
+    from dmattn_jax.chat import chat_prompt
     from dmattn_jax.generation import stream_text
     from train.run_files import open_model
 
@@ -142,10 +138,11 @@ def chat(
         with bad_values_are_the_users():
             pieces = stream_text(
                 model,
-                chat_prompt(tokenizer, messages) or document_start(tokenizer),
+                chat_prompt(tokenizer, messages),
                 tokenizer,
+                continues=False,
                 max_new_tokens=tokens,
-                stop_tokens=_stop_tokens(tokenizer),
+                stop_tokens=tokenizer.stop_ids,
                 stop_strings=drawing.stop,
                 prefill_chunk=prefill_chunk,
                 **replace(drawing, seed=drawing.seed + turn).options(),
@@ -273,11 +270,6 @@ def evaluate(
     print(held_out.description)
     print(f"{trained.path}: {result} over {result.tokens:,} tokens")
     return 0
-
-
-def _stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    eos = tokenizer.eos_id
-    return () if eos is None else (eos,)
 
 
 def _write(pieces: Iterable[str]) -> str:

@@ -38,7 +38,7 @@ def sample(
         max_new_tokens=config.log.sample_tokens,
         temperature=SAMPLE_TEMPERATURE,
         top_p=SAMPLE_TOP_P,
-        stop_tokens=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        stop_tokens=tokenizer.stop_ids,
         seed=config.seed + step,
     )
     return tokenizer.decode(ids)

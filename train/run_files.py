@@ -10,7 +10,7 @@ import jax
 from dmattn_jax.io.errors import CheckpointFormatError, HubError
 from dmattn_jax.io.pretrained import load_pretrained
 from dmattn_jax.io.tokenizer_files import load_pretrained_tokenizer, load_tokenizer
-from dmattn_jax.io.tokenizers import Tokenizer
+from dmattn_jax.io.tokenizers import FileTokenizer, Tokenizer
 from dmattn_jax.models.decoder import CausalDecoder
 from dmattn_jax.models.doge import DogeForCausalLM
 from train import config_json
@@ -21,11 +21,14 @@ from train.parameters import Skeleton, make_skeleton
 
 
 def open_tokenizer(spec: str) -> Tokenizer:
-    """`load_tokenizer`. Raises ConfigError in one line."""
+    """`load_tokenizer` for a run. Raises ConfigError in one line."""
     try:
-        return load_tokenizer(spec)
+        tokenizer = load_tokenizer(spec)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    if isinstance(tokenizer, FileTokenizer):
+        tokenizer.adds_bos = False  # no document in training begins with it
+    return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,9 +62,9 @@ class ChatTemplate:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ValueError(f"messages[{index}] must be a mapping with a role and a content, got {message!r:.200}")
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens, **variables
-            )
+            # Templates ask whether the tools are none, not whether they are defined.
+            known = {"tools": None, "documents": None, **self._tokens, **variables}
+            return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **known)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 

@@ -21,6 +21,9 @@ KEY = "tokenizer.ggml."
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 """Token types: what merges make, special tokens, and plain text that is never cut."""
 
+ENDS = ("eos", "eot", "eom")
+"""The ends of a text, of a turn and of a message."""
+
 SPACE = "▁"
 LONGEST_PIECE = 256
 """Letters of a SentencePiece token up to which it is cut in two: real ones have at most 16."""
@@ -70,7 +73,14 @@ def read_gguf_tokenizer(path: Path) -> FileTokenizer:
         if index is not None
     }
     try:
-        return FileTokenizer(backend.to_str(), named, fields.text("tokenizer.chat_template", None))
+        return FileTokenizer(
+            backend.to_str(),
+            named,
+            fields.text("tokenizer.chat_template", None),
+            more_stop_ids=[index for role in ENDS if (index := _special_id(fields, role, tokens)) is not None],
+            # What the format's own readers do where the file does not say.
+            adds_bos=fields.flag(f"{KEY}add_bos_token", kind == "llama" or fields.text(f"{KEY}pre", "") == "llama-bpe"),
+        )
     except ValueError as error:
         raise CheckpointFormatError(f"{path}: {error}") from None
 

@@ -173,7 +173,8 @@ def save_pretrained(
     content |= {"dtype": model.config.param_dtype, "torch_dtype": model.config.param_dtype}
     if tokenizer is not None:
         tokenizer.check_vocabulary(model.config.vocab_size)
-        content |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        stops = list(tokenizer.stop_ids)
+        content |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
     folder = Path(path).expanduser()
     if (folder / "config.json").exists() and "model_type" not in read_json(folder / "config.json"):
         raise ValueError(f"path must be a folder for a model: {folder / 'config.json'} is of something else")

@@ -15,7 +15,8 @@ from dmattn_jax.io.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `spec` names: `bytes`, a `tokenizer.json`, a folder that holds one, or a .gguf file.
 
-    A chat template beside it (in `tokenizer_config.json`, or `chat_template.jinja`) is kept with it.
+    A chat template beside it (in `tokenizer_config.json`, or `chat_template.jinja`) is kept with it, and so is what
+    `config.json` and `generation_config.json` say to end at.
     Raises FileNotFoundError where there is no such file, ValueError where it is not a tokenizer.
     """
     if spec == "bytes":
@@ -36,9 +37,21 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         content = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"tokenizer {path} is not a tokenizer.json: not UTF-8 ({error})") from None
-    config = _tokenizer_config(path.with_name("tokenizer_config.json"))
+    config = _json_beside(path, "tokenizer_config.json")
+    stops = [
+        index
+        for name in ("generation_config.json", "config.json")
+        for index in _ids(_json_beside(path, name).get("eos_token_id"))
+    ]
+    adds_bos = config.get("add_bos_token")
     try:
-        return FileTokenizer(content, _named_special_tokens(config), _chat_template(path.parent, config))
+        return FileTokenizer(
+            content,
+            _named_special_tokens(config),
+            _chat_template(path.parent, config),
+            more_stop_ids=stops,
+            adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
+        )
     except ValueError as error:
         raise ValueError(f"tokenizer {path} is {error}") from None
 
@@ -61,7 +74,14 @@ def load_pretrained_tokenizer(path: str | os.PathLike[str], vocab_size: int | No
     return tokenizer
 
 
-def _tokenizer_config(path: Path) -> dict[str, Any]:
+def _ids(value: Any) -> list[int]:
+    """One id, or several, or none."""
+    return [one for one in (value if isinstance(value, list) else [value]) if type(one) is int]
+
+
+def _json_beside(tokenizer: Path, name: str) -> dict[str, Any]:
+    """What a file in the tokenizer's folder says; nothing where there is none."""
+    path = tokenizer.with_name(name)
     if not path.is_file():
         return {}
     try:

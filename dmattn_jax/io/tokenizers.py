@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +34,15 @@ EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[E
 BOS_NAMES = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
 
 BYTE_VALUES = 256
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""How SentencePiece spells a byte that is of no token."""
 
 
 class Tokenizer(Protocol):
     """What the rest of the project needs of a tokenizer.
 
     vocab_size: one more than the largest id. bos_id, eos_id: the ids that begin and end a document, or None.
+    stop_ids: those that end what a model writes, eos_id first; instruction models have several.
     fingerprint: differs between tokenizers that encode differently; token caches are keyed by it.
     """
 
@@ -50,6 +54,9 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int | None: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -67,6 +74,10 @@ class Tokenizer(Protocol):
         """The text of `ids`. Special tokens have no text; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def token_bytes(self, index: int) -> bytes:
+        """What one token adds to a text, in UTF-8: perhaps half a character; nothing where it has no text."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes: ids 0..255 are the bytes, 256 ends a document. Nothing to train and nothing to download."""
@@ -74,6 +85,7 @@ class ByteTokenizer:
     vocab_size: int = BYTE_VALUES + 1
     bos_id: int | None = None
     eos_id: int | None = BYTE_VALUES
+    stop_ids: tuple[int, ...] = (BYTE_VALUES,)
     fingerprint: str = "bytes"
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
@@ -93,6 +105,9 @@ class ByteTokenizer:
             raise ValueError(f"ids must be >= 0, got {min(values)}")
         return bytes(value for value in values if value < BYTE_VALUES).decode(errors="replace")
 
+    def token_bytes(self, index: int) -> bytes:
+        return bytes([index]) if index < BYTE_VALUES else b""
+
     def as_file(self) -> FileTokenizer:
         """The same ids from a `tokenizer.json`: byte-level BPE without a merge."""
         backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_byte_letters(), merges=[]))
@@ -109,9 +124,19 @@ class FileTokenizer:
     first name of `EOS_NAMES` and `BOS_NAMES` that the file has.
     """
 
-    def __init__(self, serialized: str, named: dict[str, str] | None = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        serialized: str,
+        named: dict[str, str] | None = None,
+        chat_template: str | None = None,
+        *,
+        more_stop_ids: Sequence[int] = (),
+        adds_bos: bool | None = None,
+    ) -> None:
         """serialized: the content of a `tokenizer.json`. named: `{"eos_token": ..., "bos_token": ...}` if known.
-        chat_template: the Jinja source that came with the model, if any.
+        chat_template: the Jinja source that came with the model, if any. more_stop_ids: of `stop_ids`, beside eos_id.
+        adds_bos: whether the model expects bos_id before a text to continue; None: what the content's own
+        post-processor does.
 
         Raises ValueError where the content is not a tokenizer, or the template not a template.
         """
@@ -130,6 +155,12 @@ class FileTokenizer:
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.eos_id: int | None = _special_id("eos_token", EOS_NAMES, named, ids, vocabulary)
         self.bos_id: int | None = _special_id("bos_token", BOS_NAMES, named, ids, vocabulary)
+        ends = () if self.eos_id is None else (self.eos_id,)
+        more = (index for index in more_stop_ids if 0 <= index < self.vocab_size)
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*ends, *more)))
+        if adds_bos is None:
+            adds_bos = self._backend.encode("").ids[:1] == [self.bos_id]
+        self.adds_bos: bool = adds_bos and self.bos_id is not None
         self.unknown_names: dict[str, str] = {role: name for role, name in named.items() if name not in vocabulary}
         self.chat_template: ChatTemplate | None = None
         if chat_template is not None:
@@ -169,6 +200,7 @@ class FileTokenizer:
             "bos_token": self._token(self.bos_id),
             "eos_token": self._token(self.eos_id),
             "clean_up_tokenization_spaces": False,
+            "add_bos_token": self.adds_bos,
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template.source
@@ -189,7 +221,9 @@ class FileTokenizer:
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         backend = self._special_backend if parse_special else self._backend
-        return list(backend.encode(_well_formed(text), add_special_tokens=False).ids)
+        # As a batch, for which the library lets other threads run: a server's other requests go on meanwhile.
+        [encoding] = backend.encode_batch_fast([_well_formed(text)], add_special_tokens=False)
+        return list(encoding.ids)
 
     def encode_documents(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
         encodings = self._backend.encode_batch_fast([_well_formed(text) for text in texts], add_special_tokens=False)
@@ -205,7 +239,42 @@ class FileTokenizer:
             raise ValueError(f"ids must be >= 0, got {min(values)}")
         return str(self._backend.decode(values, skip_special_tokens=True))
 
+    def token_bytes(self, index: int) -> bytes:
+        word = self._backend.id_to_token(index)
+        if word is None:
+            return b""
+        if (added := self._added_tokens.get(index)) is not None:
+            return b"" if added.special else added.content.encode()
+        kinds = {step["type"] for step in self._decoder_steps}
+        if "ByteLevel" in kinds:
+            letters = _byte_letters()
+            return bytes(letters[letter] for letter in word) if letters.keys() >= set(word) else word.encode()
+        if "ByteFallback" in kinds and BYTE_TOKEN.fullmatch(word):
+            return bytes([int(word[3:5], 16)])
+        spaces = [step for step in self._decoder_steps if step["type"] in ("Replace", "Metaspace")]
+        if not spaces:
+            return self.decode([index]).encode()
+        for step in spaces:
+            old, new = (step["replacement"], " ") if step["type"] == "Metaspace" else (_replaced(step), step["content"])
+            word = word.replace(old, new) if old else word
+        return word.encode()
 
+    @functools.cached_property
+    def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        return dict(self._backend.get_added_tokens_decoder())
+
+    @functools.cached_property
+    def _decoder_steps(self) -> list[dict[str, Any]]:
+        decoder = json.loads(self._serialized).get("decoder") or {"type": None}
+        return list(decoder.get("decoders", [decoder]))
+
+
+def _replaced(step: Mapping[str, Any]) -> str | None:
+    """What a decoder's step replaces, where that is one text and no expression."""
+    return step["pattern"].get("String")
+
+
+@functools.cache
 def _byte_letters() -> dict[str, int]:
     """The letter by which byte-level BPE writes each byte: itself where it prints, or the next from U+0100 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

@@ -63,7 +63,8 @@ class CDMoE(nnx.Module):
         """Padding (segment id 0) is routed too, but does not count in the balance loss. O(B·T·M) memory."""
         batch, length, hidden = x.shape
         x = x.astype(self.dtype)
-        counted = jnp.ones((batch, length)) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
+        counted = jnp.ones((batch, length), bool) if segment_ids is None else segment_ids != 0
+        counted = counted.astype(jnp.float32)
         size = max(1, min(length, GATHERED_ELEMENTS // (self.chosen * hidden * max(1, batch))))
         padding = -length % size
         # Cut along time, so that a batch split over devices stays split.
@@ -72,7 +73,7 @@ class CDMoE(nnx.Module):
             for array, widths in ((x, ((0, 0), (0, padding), (0, 0))), (counted, ((0, 0), (0, padding))))
         ]
         side = self.side
-        zero = (jnp.zeros((side, side)), jnp.zeros(side * side))
+        zero = (jnp.zeros((side, side), jnp.float32), jnp.zeros(side * side, jnp.float32))
         router = self.router[...]
         # Whole rows on every device of fsdp before the look-up: its result is split by batch, not by feature.
         down, up = (constrain(table[...], ("experts", None)) for table in (self.expert_down, self.expert_up))

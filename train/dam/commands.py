@@ -112,7 +112,7 @@ def apply(
         seed: The same seed gives the same text.
         continuation: Do not generate: print the log-probability of this text after the prompt.
     """
-    from dmattn_jax.chat import document_start
+    from dmattn_jax.chat import text_prompt
     from dmattn_jax.dam import apply_masks, load_masks
     from dmattn_jax.generation import stream_text
     from dmattn_jax.scoring import score
@@ -122,15 +122,20 @@ def apply(
         masks = load_masks(folder)
         opened = open_model(model, best=False)
         tokenizer, masked = opened.tokenizer, apply_masks(opened.model, masks)
-        ids = tokenizer.encode(prompt) or document_start(tokenizer)
+        ids = text_prompt(tokenizer, prompt)
         if continuation is not None:
             scored = score(masked, [ids], [tokenizer.encode(continuation)], batch_size=1)[0]
             print(f"log-probability {scored.logprob:.4f}{', each token the likeliest' if scored.greedy else ''}")
             return 0
         print(prompt, end="", flush=True)
-        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         for piece in stream_text(
-            masked, ids, tokenizer, max_new_tokens=tokens, temperature=temperature, seed=seed, stop_tokens=stop
+            masked,
+            ids,
+            tokenizer,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_tokens=tokenizer.stop_ids,
         ):
             print(piece, end="", flush=True)
     print()

@@ -103,10 +103,10 @@ def answers_of(model: CausalDecoder, tokenizer: Tokenizer, prefill_chunk: int | 
     from dmattn_jax.generation import generate
     from train.experiments.retrieval import ANSWER_TOKENS
 
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-
     def answer(prompts: Sequence[Sequence[int]]) -> list[str]:
-        new = generate(model, prompts, max_new_tokens=ANSWER_TOKENS, stop_tokens=stop, prefill_chunk=prefill_chunk)
+        new = generate(
+            model, prompts, max_new_tokens=ANSWER_TOKENS, stop_tokens=tokenizer.stop_ids, prefill_chunk=prefill_chunk
+        )
         return [tokenizer.decode(ids) for ids in new]
 
     return answer
