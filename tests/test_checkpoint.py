@@ -76,6 +76,15 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert best_step(tmp_path) == 2
 
 
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    writer = CheckpointWriter(tmp_path, 1, pytest.fail)
+    for step, loss in [(1, 3.0), (2, 2.0), (3, float("nan")), (4, -float("inf")), (5, 2.5)]:
+        _save(writer, step, loss)
+    writer.close()
+    assert steps_in(tmp_path) == [2, 5]
+    assert best_step(tmp_path) == 2
+
+
 def test_a_new_writer_still_knows_the_best(tmp_path):
     writer = CheckpointWriter(tmp_path, 1, pytest.fail)
     _save(writer, 1, 1.0)

@@ -19,7 +19,7 @@ import pytest
 from small_run import ROOT, environment, small_config
 
 from configs import PRESETS
-from train import cli, config_json
+from train import cli, config_json, inference
 from train.config import MeshConfig, TrainConfig
 from train.errors import ConfigError
 from train.loop import run
@@ -396,7 +396,32 @@ def test_a_tokenizer_whose_writing_fails_after_all(capsys, tmp_path, monkeypatch
     (tmp_path / "a.txt").write_text("abc")
     output = tmp_path / "tokenizer.json"
     line = refused(capsys, "tokenizer", "train", str(tmp_path / "a.txt"), "--output", str(output))
-    assert line.endswith(f"cannot read or write {output}: No space left on device")
+    assert line.endswith(f"cannot write {output}: No space left on device")
+
+
+def test_texts_of_a_tokenizer_that_cannot_be_read(capsys, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(2):
+        (tmp_path / "texts" / f"{number}.txt").write_text("the cat and the hat " * 30)
+    image = tmp_path / "image.png"
+    image.write_bytes(bytes(range(256)))
+    output = ("--vocab-size", "263", "--output", str(tmp_path / "tokenizer.json"))
+    line = refused(capsys, "tokenizer", "train", str(tmp_path / "texts"), str(image), *output)
+    assert f"{image} is not text" in line
+    line = refused(capsys, "tokenizer", "train", "/proc/self/mem", *output)
+    assert line.endswith("/proc/self/mem cannot be read: Input/output error")
+    line = refused(capsys, "tokenizer", "train", "hf:owner/name", *output)
+    assert "source 'hf:owner/name' is a stream, which only training reads: give files" in line
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_text_is_held_out_as_it_was_in_training(trained, monkeypatch):
+    def asked(data, *args, **options):
+        raise ConfigError(f"held out {data.validation_fraction} of {data.source}")
+
+    monkeypatch.setattr("train.data.make_evaluation", asked)
+    with pytest.raises(ConfigError, match=r"held out 0\.1 of README\.md"):
+        inference.evaluate(trained, text="README.md")
 
 
 def test_explain_names_the_device(capsys):

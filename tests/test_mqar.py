@@ -289,6 +289,11 @@ def test_a_cell_stopped_and_continued_is_the_cell_at_once(tmp_path, monkeypatch)
     first = train_cell(config, tmp_path / "parts", Calls(6))
     assert first.result is None
     assert (tmp_path / "parts" / config.name / "checkpoints" / "18").is_dir()
+    folder = tmp_path / "parts" / config.name
+    session = mqar_cell._Session(config, RunDirectory(folder))
+    session.close()
+    # What was trained between the last test and the stop took time too.
+    assert session.seconds > float(read_metrics(folder / "metrics.csv")[-1]["seconds"])
     parts = train_cell(config, tmp_path / "parts", Deadline(None)).result
     timed = train_cell(dataclasses.replace(config, minutes=1e-9), tmp_path / "short", Deadline(None)).result
     assert whole is not None
@@ -299,7 +304,6 @@ def test_a_cell_stopped_and_continued_is_the_cell_at_once(tmp_path, monkeypatch)
     assert [row["accuracy"] for row in parts["history"]] == [row["accuracy"] for row in whole["history"]]
     assert (parts["test_loss"], parts["measures"]) == (whole["test_loss"], whole["measures"])
     assert [row["step"] for row in parts["history"]] == [15, 30]
-    folder = tmp_path / "parts" / config.name
     assert {path.name for path in (folder / "plots").iterdir()} == {
         "training.png", "gates.png", "masks.png", "film.png",
     }  # fmt: skip
@@ -469,6 +473,7 @@ def test_an_easy_cell_is_learned(tmp_path):
         ({"dim": 6}, "dim must be a multiple of 4, got 6"),
         ({"scan_steps": 4}, "scan-steps must divide eval-every, got 4 and 15"),
         ({"train_examples": 3}, "train-examples must be at least one batch of 5, got 3"),
+        ({"seed": 2**32}, "seed must be <= 4294967295, got 4294967296"),
         ({"minutes": 0.0}, "minutes must be > 0, got 0.0"),
         ({"length": 0}, "length must be >= 1, got 0"),
         ({"attention": "swa", "change": "margin"}, "change is of dma, got margin of swa"),

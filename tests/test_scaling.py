@@ -13,8 +13,10 @@ from small_run import small_config
 
 from configs.scaling import LADDER_20M
 from train import cli
+from train.config import DataConfig
+from train.data import training_texts
 from train.errors import ConfigError, TrainingDivergedError
-from train.experiments import scaling
+from train.experiments import scaling, text
 from train.experiments.cells import train_missing
 from train.experiments.deadline import Deadline
 from train.experiments.results import read_diverged
@@ -86,6 +88,43 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 def test_what_no_law_has_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         fit_power_laws(bad)
+
+
+def test_a_vocabulary_is_of_what_is_trained_on(tmp_path):
+    """Files without text are neither trained on nor held out, so which files are held out does not depend on them."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(f"file {number}")
+        (texts / f"{number}.py").write_text("")
+        (texts / f"{number}.png").write_bytes(bytes(range(256)))
+    data = DataConfig(source=str(texts), validation_fraction=0.2)
+    sampled = set(text._sample(data))
+    assert sampled == set(training_texts(data))
+    assert len(sampled) == 32
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "logo.png").write_bytes(bytes(range(256)))
+    (mixed / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(9)))
+    data = DataConfig(source=str(mixed), validation_fraction=0.3)
+    assert sorted(text._sample(data)) == sorted(training_texts(data))
+
+
+def test_a_vocabulary_that_was_learned_otherwise_is_not_taken(tmp_path):
+    config = small_config(tmp_path)
+    made = text.tokenizer_of(config, 260, tmp_path / "out")
+    assert text.tokenizer_of(config, 260, tmp_path / "out") == made
+    with pytest.raises(ConfigError, match=r"learned otherwise: vocab_size 260 -> 300; choose another --output"):
+        text.tokenizer_of(config, 300, tmp_path / "out")
+    other = replace(config, data=replace(config.data, source="stdlib"))
+    with pytest.raises(ConfigError, match=r"learned otherwise: source .* -> 'stdlib'"):
+        text.tokenizer_of(other, 260, tmp_path / "out")
+
+
+def test_batches_of_a_ladder_divide_into_microbatches(tmp_path):
+    base = replace(LADDER_20M.base, accumulate=3)
+    for cell in replace(LADDER_20M, base=base, tokens_per_parameter=10).cells(tmp_path, shards=4):
+        assert cell.batch_size % 12 == 0
 
 
 def test_all_variants_of_a_size_are_trained_alike(tmp_path):

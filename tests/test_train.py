@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from small_run import STEPS, small_config, start
 
+from dmattn_jax.io import load_tokenizer, train_tokenizer
 from train import step as step_module
 from train.checkpoint import newest_intact, steps_in
-from train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
-from train.errors import ConfigError, RunDirectoryError, TrainingDivergedError
+from train.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
+from train.errors import CheckpointError, ConfigError, RunDirectoryError, TrainingDivergedError
 from train.loop import run
 from train.manifest import read_manifest
 from train.resolve import resolve
@@ -250,6 +251,69 @@ def test_too_many_bad_steps_stop_and_name_the_last_good_checkpoint(home, monkeyp
         run(config)
     assert str(home / "runs" / "diverged" / "checkpoints" / "5") in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+def test_parameters_that_have_burst_replace_no_checkpoint(home, capsys):
+    config = small_config(home, "burst", steps=10)
+    run(config)
+    folder = home / "runs" / "burst"
+    good = final_parameters(folder)
+    burst = replace(config, steps=100, optimizer=OptimizerConfig(learning_rate=1e25, max_bad_steps=15))
+    with pytest.raises(TrainingDivergedError, match="the last good checkpoint is 10"):
+        run(burst)
+    assert "step 15: no checkpoint, because the loss is not finite" in capsys.readouterr().out
+    assert steps_in(folder / "checkpoints") == [5, 10]
+    # A signal amid bad steps keeps none either.
+    calls = iter(range(99))
+    assert run(burst, time_is_up=lambda: next(calls) == 2).step == 13
+    assert "stopped because time was up after step 13; checkpoints: [5, 10]" in capsys.readouterr().out
+    for name, leaf in final_parameters(folder).items():
+        np.testing.assert_array_equal(leaf, good[name])
+    assert run(replace(config, steps=11)).exit_code == 0
+    assert np.isfinite(float(rows_of(folder)[-1]["validation_loss"]))
+
+
+def test_a_run_keeps_the_batch_that_auto_gave_it(home, monkeypatch):
+    config = small_config(home, "auto-batch", batch_size="auto", steps=2)
+    monkeypatch.setattr("train.optimizer.step_law_batch_tokens_for_steps", lambda steps: 29 * (3 + steps))
+    run(config)
+    run(replace(config, steps=4))
+    tokens = [int(row["tokens"]) for row in rows_of(home / "runs" / "auto-batch")]
+    assert tokens == [29 * 5 * step for step in range(5)]
+    run(replace(config, steps=5, batch_size=5))
+    with pytest.raises(ConfigError, match="batch_size 5 -> 6"):
+        run(replace(config, steps=6, batch_size=6))
+    # A run from before the number was written down.
+    saved = home / "runs" / "auto-batch" / "config.json"
+    saved.write_text(saved.read_text().replace('"batch_size": 5', '"batch_size": "auto"'))
+    assert run(replace(config, steps=5)).step == 5
+
+
+def test_a_run_keeps_its_tokenizer(home, tmp_path):
+    spec, folder = tmp_path / "tokenizer.json", home / "runs" / "tokenizer"
+    text = [path for path in (home / "corpus").rglob("*") if path.is_file()]
+    train_tokenizer(text, 300, spec)
+    config = small_config(home, "tokenizer", steps=2)
+    model, data = replace(config.model, vocab_size=300), replace(config.data, tokenizer=str(spec))
+    config = replace(config, model=model, data=data)
+    run(config)
+    began = load_trained(folder, best=False).tokenizer.fingerprint
+    assert load_tokenizer(spec).fingerprint == began
+    train_tokenizer([path.read_text()[::-1] for path in text], 300, spec)
+    assert load_trained(folder, best=False).tokenizer.fingerprint == began
+    with pytest.raises(ConfigError, match=r"is another tokenizer than .*tokenizer was begun with"):
+        run(replace(config, steps=3))
+    # A run from before copies were kept, whose tokenizer has grown.
+    (folder / "tokenizer.json").unlink()
+    train_tokenizer(text, 320, spec)
+    with pytest.raises(CheckpointError, match=r"has 320 tokens and the model of .* has 300"):
+        load_trained(folder, best=False)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2**32}, {"data": DataConfig(shuffle_seed=2**32)}, {"seed": -1}])
+def test_seeds_that_jax_does_not_tell_apart(home, changes):
+    with pytest.raises(ConfigError, match=r"seed must be (<= 4294967295|>= 0), got (4294967296|-1)"):
+        resolve(small_config(home, "seeds", **changes), shards=1)
 
 
 def test_another_architecture_cannot_resume(uninterrupted, home):

@@ -7,6 +7,7 @@ A checkpoint `checkpoints/<step>/` has four items: `params` (name -> array), `op
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,8 +47,9 @@ def best_step(directory: Path) -> int | None:
     losses = {}
     for step in steps_in(directory):
         manifest = read_manifest(directory / str(step))
-        if manifest is not None and manifest["facts"]["validation_loss"] is not None:
-            losses[step] = manifest["facts"]["validation_loss"]
+        loss = None if manifest is None else manifest["facts"]["validation_loss"]
+        if loss is not None and math.isfinite(loss):
+            losses[step] = loss
     return min(losses, key=losses.__getitem__) if losses else None
 
 
@@ -154,8 +156,11 @@ class CheckpointWriter:
     ) -> None:
         """Starts writing; returns once the arrays are copied to the host. A save under way is waited for first.
 
-        data: JSON-able. Raises what the save before raised, when it failed (a full disk).
+        data: JSON-able. A loss that is not finite is none: it must not be the best. Raises what the save before raised,
+        when it failed (a full disk).
         """
+        if validation_loss is not None and not math.isfinite(validation_loss):
+            validation_loss = None
         self._manager.wait_until_finished()
         if step in self._manager.all_steps():
             return

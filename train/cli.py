@@ -230,19 +230,23 @@ def train_tokenizer(
     from train.run_directory import make_writable
 
     make_writable(output.expanduser().parent, "choose another --output")
-    files = [file for source in sources for file in source_files(DataConfig(source=source))]
+    files = [
+        (file, Path(source).expanduser().is_file())
+        for source in sources
+        for file in source_files(DataConfig(source=source))
+    ]
 
     def texts() -> Iterator[str]:
-        for file in files:
+        for file, named in files:
             # a folder may hold what is not text; a file that was named must be
-            with contextlib.suppress(NotTextError) if len(files) > len(sources) else contextlib.nullcontext():
+            with contextlib.nullcontext() if named else contextlib.suppress(NotTextError):
                 yield from read_documents(file, text_field)
 
     try:
         with bad_values_are_the_users():
             trained = tokenizers.train_tokenizer(texts(), vocab_size, output, progress=sys.stderr.isatty())
-    except OSError as error:  # of a file of texts, or of the output
-        raise UserError(f"cannot read or write {error.filename or output}: {error.strerror or error}") from error
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or output}: {error.strerror or error}") from error
     print(f"{output}: {trained.vocab_size:,} tokens from {len(files):,} files")
     return 0
 

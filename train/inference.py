@@ -257,7 +257,8 @@ def evaluate(
         raise ConfigError(f"sequence-length must be >= 1, got {sequence_length}")
     trained = load_trained(run, best=best)
     held_out = make_evaluation(
-        DataConfig(source=text, text_field=text_field),
+        # A part of what it was trained on is held out as it was then.
+        DataConfig(source=text, text_field=text_field, validation_fraction=trained.config.data.validation_fraction),
         trained.tokenizer,
         sequence_length=sequence_length or trained.config.sequence_length,
         batch_size=batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +14,11 @@ import optax
 from jax.sharding import Mesh
 
 import dmattn_jax
-from dmattn_jax.io.tokenizers import Tokenizer
+from dmattn_jax.io.tokenizers import FileTokenizer, Tokenizer
 from dmattn_jax.models.decoder import CausalDecoder
 from dmattn_jax.models.doge import DogeForCausalLM
 from train import flops, mesh, report, step
-from train.checkpoint import CheckpointWriter
+from train.checkpoint import CheckpointWriter, steps_in
 from train.config import TrainConfig
 from train.data import Datasets, make_datasets
 from train.errors import ConfigError, TrainingDivergedError
@@ -61,6 +62,8 @@ def run(
     Raises UserError for what the user can put right, TrainingDivergedError after too many bad steps in a row.
     """
     device_mesh = mesh.make_mesh(config.mesh)
+    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    config = directory.continued(config)
     plan = resolve(config, mesh.batch_shards(device_mesh))
     mesh.check_batch(plan.batch_size, config.accumulate, mesh.batch_shards(device_mesh))
     tokenizer = open_tokenizer(config.data.tokenizer)
@@ -71,12 +74,15 @@ def run(
         )
     if plan.batch_size % jax.process_count():
         raise ConfigError(f"batch_size {plan.batch_size} must be a multiple of the {jax.process_count()} processes")
-    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    # Devices and steps may change before the run goes on, and its batch must not: what came of auto is kept.
+    config = dataclasses.replace(config, batch_size=plan.batch_size)
     main_process = jax.process_index() == 0
     if main_process:
         directory.lock()
     try:
         changed = directory.adopt(config, plan.steps) if main_process else {}
+        if main_process and isinstance(tokenizer, FileTokenizer):
+            directory.keep_tokenizer(tokenizer, config.data.tokenizer)
         for name, (old, new) in changed.items():
             say(f"changed since the run began: {name} {old} -> {new}")
         with jax.set_mesh(device_mesh):
@@ -201,10 +207,9 @@ class _Session:
                 monitor.close()
         if outcome.step < self.plan.steps:
             why = "by a signal" if outcome.exit_code else "because time was up"
-            self.say(
-                f"stopped {why} after step {outcome.step}; the checkpoint is saved. "
-                "Run the same command again to continue."
-            )
+            saved = steps_in(self.directory.checkpoints)
+            kept = "the checkpoint is saved" if outcome.step in saved else f"checkpoints: {saved or 'none'}"
+            self.say(f"stopped {why} after step {outcome.step}; {kept}. Run the same command again to continue.")
         elif self.main_process:
             report.summarize(self.config, self.directory, outcome.last, time.perf_counter() - began)
         return outcome
@@ -265,7 +270,11 @@ class _Session:
                 self._picture(number, monitor, drawing=validation is not None)
             # Last, so that a kill can lose the checkpoint but never a row that the checkpoint would skip.
             if saving or stop:
-                self._save(number, validation)
+                # Amid bad steps the parameters may be what is bad, and would replace the last good ones.
+                if not metrics["bad_in_row"] if validation is None else math.isfinite(validation):
+                    self._save(number, validation)
+                else:
+                    self.say(f"step {number}: no checkpoint, because the loss is not finite")
             if monitor is not None:
                 monitor.add_pause(time.perf_counter() - began)
             if stop and number < last:

@@ -27,6 +27,9 @@ LEAST = {
     "log.sample_tokens": 1,
 }
 """The smallest value of a field."""
+SEEDS = ("seed", "data.shuffle_seed")
+LARGEST_SEED = 2**32 - 1
+"""JAX's keys have no more bits: a larger seed would be another's twin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,8 @@ def resolve(config: TrainConfig, shards: int) -> Plan:
         value = operator.attrgetter(name)(config)
         if value < least:
             raise ConfigError(f"{name.replace('_', '-')} must be >= {least}, got {value}")
+    for name in SEEDS:
+        check_seed(name, operator.attrgetter(name)(config))
     if config.steps != "auto" and config.steps < 1:
         raise ConfigError(f"steps must be >= 1 or auto, got {config.steps}")
     parameters = count_parameters(config.model).non_embedding
@@ -74,6 +79,12 @@ def resolve(config: TrainConfig, shards: int) -> Plan:
     rate = config.optimizer.learning_rate
     learning_rate = optimizer.step_law_learning_rate(parameters, tokens) if rate == "auto" else rate
     return Plan(learning_rate, batch_size, steps, tokens)
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises ConfigError for a seed that would draw what another one draws."""
+    if value > LARGEST_SEED:
+        raise ConfigError(f"{name.replace('_', '-')} must be <= {LARGEST_SEED}, got {value}")
 
 
 def _check_name(name: str) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import re
 import tempfile
 from pathlib import Path
 from typing import IO
 
+from dmattn_jax.io.tokenizer_files import load_tokenizer
+from dmattn_jax.io.tokenizers import FileTokenizer
 from train import config_json
 from train.checkpoint import steps_in
 from train.config import TrainConfig
 from train.errors import ConfigError, RunDirectoryError, RunInUseError
 
+TOKENIZER = "tokenizer.json"
 SAMPLE_HEAD = re.compile(r"^--- step (\d+)$", re.MULTILINE)
 
 
@@ -102,6 +106,27 @@ class RunDirectory:
         if later:
             self.samples.write_text(text[: later[0]], encoding="utf-8")
 
+    def continued(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with the batch of the run that is there, where it says auto."""
+        if config.batch_size != "auto" or not (self.config.exists() and steps_in(self.checkpoints)):
+            return config
+        return dataclasses.replace(config, batch_size=config_json.load(self.config).batch_size)
+
+    def keep_tokenizer(self, tokenizer: FileTokenizer, spec: str) -> None:
+        """A copy of the run's own. Raises ConfigError when checkpoints are there and of another."""
+        copy = self.path / TOKENIZER
+        if copy.is_file() and steps_in(self.checkpoints):
+            if load_tokenizer(copy).fingerprint != tokenizer.fingerprint:
+                raise ConfigError(
+                    f"{spec} is another tokenizer than {self.path} was begun with, of which {copy} is a copy; "
+                    "choose another --name, or give the copy"
+                )
+            return
+        with tempfile.TemporaryDirectory(dir=self.path) as fresh:
+            tokenizer.save(Path(fresh))
+            for name in ("tokenizer_config.json", TOKENIZER):
+                (Path(fresh) / name).replace(self.path / name)
+
     def adopt(self, config: TrainConfig, steps: int) -> dict[str, tuple[object, object]]:
         """Writes the configuration; on a resume, first checks that it continues the one that is there.
 
@@ -112,6 +137,8 @@ class RunDirectory:
         done = steps_in(self.checkpoints)
         if self.config.exists() and done:
             changed = config_json.differences(config_json.load(self.config), config)
+            if changed.get("batch_size", (None,))[0] == "auto":  # of a run from before it was written down
+                del changed["batch_size"]
             fixed = [name for name in changed if not config_json.may_change_on_resume(name)]
             if fixed:
                 shown = ", ".join(f"{name} {changed[name][0]!r} -> {changed[name][1]!r}" for name in fixed)

@@ -18,6 +18,7 @@ from train.checkpoint import best_step, newest_intact, restore_parameters, steps
 from train.config import TrainConfig
 from train.errors import CheckpointError, ConfigError, RunDirectoryError
 from train.parameters import Skeleton, make_skeleton
+from train.run_directory import TOKENIZER
 
 
 def open_tokenizer(spec: str) -> Tokenizer:
@@ -103,5 +104,12 @@ def load_trained(path: Path, *, best: bool) -> TrainedModel:
     shapes = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in skeleton.shapes.items()
     }
+    own = run / TOKENIZER
+    tokenizer = open_tokenizer(str(own) if own.is_file() else config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise CheckpointError(
+            f"{config.data.tokenizer} has {tokenizer.vocab_size} tokens and the model of {run} has "
+            f"{config.model.vocab_size}: it is not the tokenizer of its training"
+        )
     params = restore_parameters(directory, step, shapes)
-    return TrainedModel(config, skeleton, params, open_tokenizer(config.data.tokenizer), step, directory / str(step))
+    return TrainedModel(config, skeleton, params, tokenizer, step, directory / str(step))

@@ -81,7 +81,7 @@ def loss_and_gradients(
     """Mean cross-entropy over all targets of the batch, the auxiliary loss, and gradients of their sum.
 
     With `accumulate` > 1, microbatches run one after the other, each weighted by its share of the targets, so the
-    result is that of the whole batch at once.
+    result is that of the whole batch at once; but for the balance loss of experts, which is that of each microbatch.
     """
     total = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
 

@@ -120,6 +120,8 @@ def source_files(config: DataConfig) -> list[SourceFile]:
             return stdlib_files()
         case "packages":
             return package_files()
+        case source if source.startswith(PREFIX):
+            raise DataError(f"source {source!r} is a stream, which only training reads: give files")
         case _:
             return find_files(config.source)
 

@@ -95,15 +95,18 @@ def read_documents(file: SourceFile, text_field: str) -> Iterator[str]:
 
     Raises NotTextError for a file that is not UTF-8 text, DataError for a damaged row or a missing field.
     """
-    match file.format:
-        case "text":
-            yield _read_text(file.path)
-        case "jsonl":
-            yield from _read_jsonl(file.path, text_field)
-        case "parquet":
-            yield from _read_parquet(file.path, text_field)
-        case "npy":
-            raise DataError(f"{file.path} holds token ids, not text")
+    try:
+        match file.format:
+            case "text":
+                yield _read_text(file.path)
+            case "jsonl":
+                yield from _read_jsonl(file.path, text_field)
+            case "parquet":
+                yield from _read_parquet(file.path, text_field)
+            case "npy":
+                raise DataError(f"{file.path} holds token ids, not text")
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read: {error.strerror or error}") from error
 
 
 def _read_text(path: Path) -> str:

@@ -57,7 +57,7 @@ def split_documents(store: TokenStore, fraction: float, source: str) -> Split:
 
 
 def never_held_out(files: Sequence[SourceFile], fraction: float) -> list[SourceFile]:
-    """Of several files those that `split_documents` trains on whatever the others hold, in an order like its own."""
+    """Of several files with text those that `split_documents` trains on, in an order like its own."""
     by_hash = sorted(files, key=lambda file: (_hash(file.name), file.name))
     return by_hash[_count(fraction, len(files)) :]
 

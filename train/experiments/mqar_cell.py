@@ -93,7 +93,7 @@ class _Session:
         self.parameters = sum(int(np.prod(leaf.shape)) for leaf in self.programs.skeleton.shapes.values())
         self.checkpoints = CheckpointWriter(directory.checkpoints, 1, say)
         resumed = self.checkpoints.newest
-        self.state = self.programs.initial() if resumed is None else self._restore(resumed)
+        self.state, self.seconds = (self.programs.initial(), 0.0) if resumed is None else self._restore(resumed)
         self.step = resumed or 0
         if resumed is not None:
             say(f"{config.name}: resuming from step {resumed:,}")
@@ -102,7 +102,6 @@ class _Session:
             columns += [f"{name}_{layer}" for name in MEASURES for layer in range(config.num_layers)]
         self.history = GateHistory(directory.path / "gates.npz", until=self.step)
         self.metrics = MetricsFile(directory.metrics, self.step, columns)
-        self.seconds = self.metrics.seconds_before
         self.accuracy, self.test_loss, self.measures = 0.0, float("nan"), dict[str, Any]()
         self.expiry = np.zeros((config.num_layers, config.length), np.int32)
         self.bar = tqdm(
@@ -121,11 +120,12 @@ class _Session:
         self.metrics.close()
         self.checkpoints.close()
 
-    def _restore(self, at: int) -> TrainState:
+    def _restore(self, at: int) -> tuple[TrainState, float]:
+        """With the seconds that it took, which metrics.csv has of the last test alone."""
         abstract = placed(jax.eval_shape(self.programs.initial))
         rest = {f.name: getattr(abstract, f.name) for f in dataclasses.fields(abstract) if f.name != "params"}
-        params, rest, _ = self.checkpoints.restore(at, abstract.params, rest)
-        return TrainState(params=params, **rest)
+        params, rest, data = self.checkpoints.restore(at, abstract.params, rest)
+        return TrainState(params=params, **rest), float(data["seconds"])
 
     def _save(self) -> None:
         rest = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(self.state) if f.name != "params"}

@@ -12,6 +12,7 @@ from dmattn_jax.nn.gate import GateActivation
 from train.errors import ConfigError
 from train.experiments.ablation_config import MEANINGS, gate_changes
 from train.experiments.variants import VARIANTS
+from train.resolve import check_seed
 
 TOKENS_PER_STEP = 65_536
 
@@ -93,8 +94,8 @@ class MQARConfig:
     epochs: float = 100
     """Passes over the training examples, at most."""
     steps: int | None = None
-    """Steps at most, after which the cosine has ended; None: as many as the epochs have. A sweep that must end in time
-    gives all lengths equal steps, of equal tokens."""
+    """Steps at most, in whole calls of scan_steps, after which the cosine has ended; None: as many as the epochs have.
+    A sweep that must end in time gives all lengths equal steps, of equal tokens."""
     target: float = 0.99
     """Test accuracy at which training stops."""
     minutes: float | None = None
@@ -165,6 +166,7 @@ def resolve(config: MQARConfig) -> MQARConfig:
     """
     for name in ("length", "dim", "num_layers", "train_examples", "test_examples", "eval_every", "scan_steps"):
         _at_least_one(config, name)
+    check_seed("seed", config.seed)
     if config.change != "none" and config.attention != "dma":
         raise ConfigError(f"change is of dma, got {config.change} of {config.attention}")
     filled: dict[str, Any] = {

@@ -94,7 +94,8 @@ class ScalingSweep:
             tokens = self.tokens_per_parameter * count_parameters(config.model).non_embedding
             batch = config.batch_size
             if batch == "auto":
-                batch = max(1, round(step_law_batch_tokens(tokens) / config.sequence_length / shards)) * shards
+                pieces = config.accumulate * shards
+                batch = max(1, round(step_law_batch_tokens(tokens) / config.sequence_length / pieces)) * pieces
             steps = max(1, round(tokens / (batch * config.sequence_length)))
             config = replace(config, batch_size=batch, steps=steps)
         plan = resolve(config, shards)

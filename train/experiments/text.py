@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from train.data.split import never_held_out
 from train.data.stream import PREFIX
 from train.data.tokens import tokenize_files
 from train.errors import ConfigError, bad_values_are_the_users
+from train.experiments.results import write_json
 from train.monitor import say
 from train.run_files import open_tokenizer
 
@@ -31,12 +33,19 @@ def tokenizer_of(config: TrainConfig, vocab_size: int, folder: Path) -> TrainCon
     """
     if not vocab_size:
         return config
-    path = folder / "tokenizer.json"
-    if not path.exists():
+    path, made = folder / "tokenizer.json", folder / "vocabulary.json"
+    wanted = {"vocab_size": vocab_size, "source": config.data.source, "text_field": config.data.text_field}
+    if path.exists():
+        found_there = json.loads(made.read_text(encoding="utf-8")) if made.exists() else wanted
+        if changed := [name for name, value in wanted.items() if found_there.get(name) != value]:
+            shown = ", ".join(f"{name} {found_there.get(name)!r} -> {wanted[name]!r}" for name in changed)
+            raise ConfigError(f"{path} was learned otherwise: {shown}; choose another --output")
+    else:
         say(f"learning a vocabulary of {vocab_size:,} tokens: {path}")
         folder.mkdir(parents=True, exist_ok=True)
         with bad_values_are_the_users():
             train_tokenizer(_sample(config.data), vocab_size, path, progress=sys.stderr.isatty())
+        write_json(made, wanted)
     found = open_tokenizer(str(path)).vocab_size
     if found > vocab_size:
         raise ConfigError(f"{path} has {found:,} tokens, more than vocab-size {vocab_size:,}: choose another --output")
@@ -53,7 +62,7 @@ def tokenize_once(config: TrainConfig) -> None:
 
 def _sample(config: DataConfig) -> Iterator[str]:
     """So much of the training text, from files in no order."""
-    files = [] if config.source.startswith(PREFIX) else source_files(config)
+    files = [] if config.source.startswith(PREFIX) else _with_text(source_files(config), config.text_field)
     if len(files) > 1:
         texts = _texts_of(never_held_out(files, config.validation_fraction), config.text_field)
     else:
@@ -64,6 +73,11 @@ def _sample(config: DataConfig) -> Iterator[str]:
         taken += len(text)
         if taken > VOCABULARY_CHARACTERS:
             return
+
+
+def _with_text(files: Sequence[SourceFile], text_field: str) -> list[SourceFile]:
+    """Those that have documents: others are neither trained on nor held out."""
+    return [file for file in files if any(_texts_of([file], text_field))]
 
 
 def _texts_of(files: Sequence[SourceFile], text_field: str) -> Iterator[str]:
