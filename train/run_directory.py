@@ -119,7 +119,7 @@ class RunDirectory:
             if load_tokenizer(copy).fingerprint != tokenizer.fingerprint:
                 raise ConfigError(
                     f"{spec} is another tokenizer than {self.path} was begun with, of which {copy} is a copy; "
-                    "choose another --name, or give the copy"
+                    "choose another --name, or put the copy back"
                 )
             return
         with tempfile.TemporaryDirectory(dir=self.path) as fresh:
