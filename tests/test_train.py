@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from small_run import STEPS, small_config, start
 
-from dmattn_jax.io import load_tokenizer, train_tokenizer
+from dmattn_jax.io import ByteTokenizer, load_tokenizer, train_tokenizer
 from train import step as step_module
 from train.checkpoint import newest_intact, steps_in
 from train.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
@@ -24,7 +24,7 @@ from train.loop import run
 from train.manifest import read_manifest
 from train.resolve import resolve
 from train.run_directory import RunDirectory
-from train.run_files import load_trained
+from train.run_files import load_trained, open_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +253,7 @@ def test_too_many_bad_steps_stop_and_name_the_last_good_checkpoint(home, monkeyp
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_parameters_that_have_burst_replace_no_checkpoint(home, capsys):
     config = small_config(home, "burst", steps=10)
     run(config)
@@ -273,6 +274,7 @@ def test_parameters_that_have_burst_replace_no_checkpoint(home, capsys):
     assert np.isfinite(float(rows_of(folder)[-1]["validation_loss"]))
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_batch_that_auto_gave_it(home, monkeypatch):
     config = small_config(home, "auto-batch", batch_size="auto", steps=2)
     monkeypatch.setattr("train.optimizer.step_law_batch_tokens_for_steps", lambda steps: 29 * (3 + steps))
@@ -289,6 +291,7 @@ def test_a_run_keeps_the_batch_that_auto_gave_it(home, monkeypatch):
     assert run(replace(config, steps=5)).step == 5
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer(home, tmp_path):
     spec, folder = tmp_path / "tokenizer.json", home / "runs" / "tokenizer"
     text = [path for path in (home / "corpus").rglob("*") if path.is_file()]
@@ -308,6 +311,24 @@ def test_a_run_keeps_its_tokenizer(home, tmp_path):
     train_tokenizer(text, 320, spec)
     with pytest.raises(CheckpointError, match=r"has 320 tokens and the model of .* has 300"):
         load_trained(folder, best=False)
+
+
+def test_what_a_run_was_begun_with(tmp_path):
+    directory = RunDirectory(tmp_path)
+    config = small_config(tmp_path, batch_size="auto")
+    assert directory.continued(config).batch_size == "auto"
+    directory.adopt(replace(config, batch_size=5), STEPS)
+    own = ByteTokenizer().as_file()
+    directory.keep_tokenizer(own, "own")
+    assert directory.continued(config).batch_size == "auto"
+    (directory.checkpoints / "5").mkdir(parents=True)
+    assert directory.continued(config).batch_size == 5
+    assert directory.adopt(directory.continued(config), STEPS) == {}
+    directory.keep_tokenizer(own, "own")
+    other = train_tokenizer(["another"], 258, tmp_path / "other.json")
+    with pytest.raises(ConfigError, match=r"other\.json is another tokenizer than .* was begun with, of which"):
+        directory.keep_tokenizer(other, "other.json")
+    assert open_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint == own.fingerprint
 
 
 @pytest.mark.parametrize("changes", [{"seed": 2**32}, {"data": DataConfig(shuffle_seed=2**32)}, {"seed": -1}])
