@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,6 +82,11 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     """Dotted names of the fields that differ, with both values."""
     before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def show(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """`name old -> new` of each, in one line."""
+    return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
 
 
 def may_change_on_resume(name: str) -> bool:

@@ -271,7 +271,8 @@ class _Session:
             # Last, so that a kill can lose the checkpoint but never a row that the checkpoint would skip.
             if saving or stop:
                 # Amid bad steps the parameters may be what is bad, and would replace the last good ones.
-                if not metrics["bad_in_row"] if validation is None else math.isfinite(validation):
+                sound = math.isfinite(validation) if validation is not None else not metrics["bad_in_row"]
+                if sound:
                     self._save(number, validation)
                 else:
                     self.say(f"step {number}: no checkpoint, because the loss is not finite")

@@ -139,12 +139,11 @@ class RunDirectory:
             changed = config_json.differences(config_json.load(self.config), config)
             if changed.get("batch_size", (None,))[0] == "auto":  # of a run from before it was written down
                 del changed["batch_size"]
-            fixed = [name for name in changed if not config_json.may_change_on_resume(name)]
+            fixed = {name: both for name, both in changed.items() if not config_json.may_change_on_resume(name)}
             if fixed:
-                shown = ", ".join(f"{name} {changed[name][0]!r} -> {changed[name][1]!r}" for name in fixed)
                 raise ConfigError(
-                    f"{self.path} holds a run with another configuration, which cannot be continued: {shown}; "
-                    "choose another --name, or remove the folder"
+                    f"{self.path} holds a run with another configuration, which cannot be continued: "
+                    f"{config_json.show(fixed)}; choose another --name, or remove the folder"
                 )
         if done and steps < done[-1]:
             raise ConfigError(

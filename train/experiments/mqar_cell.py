@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from train.checkpoint import CheckpointWriter
+from train.config_json import show
 from train.errors import ConfigError, TrainingDivergedError
 from train.experiments.deadline import Deadline
 from train.experiments.mqar_config import MQARConfig
@@ -53,10 +54,11 @@ def read_result(folder: Path, config: MQARConfig) -> dict[str, Any] | None:
         # A field that came later was at its default.
         before = dataclasses.asdict(MQARConfig()) | json.loads(saved.read_text(encoding="utf-8"))
         now = dataclasses.asdict(config)
-        changed = [name for name in now if before[name] != now[name]]
+        changed = {name: (before[name], now[name]) for name in now if before[name] != now[name]}
         if changed:
-            shown = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed)
-            raise ConfigError(f"{folder} holds a cell of another configuration: {shown}; choose another --output")
+            raise ConfigError(
+                f"{folder} holds a cell of another configuration: {show(changed)}; choose another --output"
+            )
     path = folder / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 

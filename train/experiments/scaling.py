@@ -54,7 +54,7 @@ def is_done(cell: TrainConfig, output: Path) -> bool:
     changed = config_json.differences(config_json.load(folder / "config.json"), cell)
     changed = {name: values for name, values in changed.items() if not name.startswith(("log.", "mesh.", "runs_dir"))}
     if changed:
-        shown = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        shown = config_json.show(changed)
         raise ConfigError(f"{folder} holds a run of another configuration: {shown}; choose another --output")
     return True
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dmattn_jax.io.tokenizers import train_tokenizer
 from train.config import DataConfig, TrainConfig
+from train.config_json import show
 from train.data import training_texts
 from train.data.loader import source_files
 from train.data.sources import NotTextError, SourceFile, read_documents
@@ -37,15 +38,15 @@ def tokenizer_of(config: TrainConfig, vocab_size: int, folder: Path) -> TrainCon
     wanted = {"vocab_size": vocab_size, "source": config.data.source, "text_field": config.data.text_field}
     if path.exists():
         found_there = json.loads(made.read_text(encoding="utf-8")) if made.exists() else wanted
-        if changed := [name for name, value in wanted.items() if found_there.get(name) != value]:
-            shown = ", ".join(f"{name} {found_there.get(name)!r} -> {wanted[name]!r}" for name in changed)
-            raise ConfigError(f"{path} was learned otherwise: {shown}; choose another --output")
+        both = {name: (found_there.get(name), value) for name, value in wanted.items()}
+        if changed := {name: (old, new) for name, (old, new) in both.items() if old != new}:
+            raise ConfigError(f"{path} was learned otherwise: {show(changed)}; choose another --output")
     else:
         say(f"learning a vocabulary of {vocab_size:,} tokens: {path}")
-        folder.mkdir(parents=True, exist_ok=True)
+        # First, so that no vocabulary is ever without it.
+        write_json(made, wanted)
         with bad_values_are_the_users():
             train_tokenizer(_sample(config.data), vocab_size, path, progress=sys.stderr.isatty())
-        write_json(made, wanted)
     found = open_tokenizer(str(path)).vocab_size
     if found > vocab_size:
         raise ConfigError(f"{path} has {found:,} tokens, more than vocab-size {vocab_size:,}: choose another --output")
